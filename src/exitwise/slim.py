@@ -145,13 +145,17 @@ def truncated(vlm: Vlm, exit: int) -> Iterator[Any]:
         (module, name) for module in model.modules() for name, child in module.named_children() if child is vlm.blocks
     )
     shorter = truncated_config(before, exit)
+    swaps = ((before, shorter), (before.vision_config, shorter.vision_config))
+    told = [(m, old, new) for m in model.modules() for old, new in swaps if getattr(m, "config", None) is old]
     setattr(parent, name, nn.ModuleList(list(vlm.blocks)[:exit]))
-    model.config = shorter
+    for module, _, new in told:
+        module.config = new
     try:
         yield model
     finally:
         setattr(parent, name, vlm.blocks)
-        model.config = before
+        for module, old, _ in told:
+            module.config = old
 
 
 def check_exit(vlm: Vlm, exit: int) -> None:
