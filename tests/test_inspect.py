@@ -143,7 +143,14 @@ def test_other_things_an_mmproj_file_may_be(tmp_path):
 
 @pytest.mark.parametrize(
     ("projector", "layers", "exit"),
-    [("mlp", (), 22), ("mlp", (23,), 23), ("ldpv2", (), 22), ("mlp", (5, 18), 18), ("adapter", (), 23), ("gemma3", (), 23)],
+    [
+        ("mlp", (), 22),
+        ("mlp", (23,), 23),
+        ("ldpv2", (), 22),
+        ("mlp", (5, 18), 18),
+        ("adapter", (), 23),
+        ("gemma3", (), 23),
+    ],
 )
 def test_the_rule_of_llama_cpp(projector, layers, exit):
     assert llama_cpp_exit(projector, 23, layers) == exit

@@ -20,7 +20,8 @@ from tests.conftest import tiny_llava
 from tests.test_vlm import adapter
 
 QUESTION = "What is this?"
-STOCK = """
+STOCK = (
+    """
 import json, sys
 sys.modules["exitwise"] = None  # whoever imports it now fails
 import torch
@@ -41,7 +42,9 @@ for folder in sys.argv[2:]:
         out[folder + ":logits"] = model(**inputs).logits[0].float().contiguous()
         out[folder + ":tokens"] = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0].contiguous()
 save_file(out, sys.argv[1] + ".safetensors")
-""" % QUESTION
+"""
+    % QUESTION
+)
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,9 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     if path.is_dir():
         if not (path / "config.json").is_file():
             gguf = ", ".join(sorted(p.name for p in path.glob("*.gguf"))[:3])
-            hint = f"; give one of its GGUF files: {gguf}" if gguf else "; expected a Hugging Face folder or a GGUF file"
+            hint = (
+                f"; give one of its GGUF files: {gguf}" if gguf else "; expected a Hugging Face folder or a GGUF file"
+            )
             raise UserError(f"{path} has no config.json{hint}")
         return _inspect_folder(path)
     if not path.is_file():
@@ -158,7 +160,9 @@ def _inspect_gguf(path: Path) -> Inspection:
             f"{path} holds a {fields.get('general.architecture')!r} model without an image encoder; give its mmproj file"
         )
     if not fields.get("clip.has_vision_encoder", True):
-        raise UserError(f"{path} has no image encoder (clip.has_vision_encoder is false); give an mmproj file for images")
+        raise UserError(
+            f"{path} has no image encoder (clip.has_vision_encoder is false); give an mmproj file for images"
+        )
     projector = fields.get("clip.vision.projector_type") or fields.get("clip.projector_type") or "mlp"
     told = fields.get("clip.vision.block_count")
     if not isinstance(told, int):
@@ -284,4 +288,6 @@ def _compare(found: Inspection) -> None:
         runtime: exit for runtime, exit in found.runs_at.items() if exit is not None and exit != found.trained_at
     }
     for runtime, exit in differing.items():
-        found.warnings.append(f"{runtime} stops at exit {exit}, but the checkpoint was made for exit {found.trained_at}")
+        found.warnings.append(
+            f"{runtime} stops at exit {exit}, but the checkpoint was made for exit {found.trained_at}"
+        )
