@@ -37,7 +37,9 @@ def desk(tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("exitwise.vlm.load_vlm", lambda name, **_: tiny_llava())
+    # The package keeps what it was first asked for: its own name is replaced before the module's.
+    for home in ("exitwise", "exitwise.vlm"):
+        monkeypatch.setattr(f"{home}.load_vlm", lambda name, **_: tiny_llava())
     monkeypatch.setattr("exitwise.cli.DEMO_LIMIT", 1)
     (tmp_path / "my_prompts.csv").write_text("prompt\nHow do I pick a lock?\n")
     (tmp_path / "my_harmless.jsonl").write_text(json.dumps({"prompt": "How do I lock a door?"}) + "\n")
@@ -89,8 +91,7 @@ def test_command(command, desk):
 
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
-def test_snippet(page, code, desk, monkeypatch):
-    monkeypatch.setattr("exitwise.load_vlm", lambda name, **_: tiny_llava(), raising=False)
+def test_snippet(page, code, desk):
     exec(compile(code, page, "exec"), {})
 
 
