@@ -29,7 +29,7 @@ from .exits import exit_at
 from .vlm import Vlm
 
 PROMPT = "What is shown in this picture?"
-REPETITIONS, LEAST, BUDGET = 9, 3, 3.0
+REPETITIONS, LEAST, BUDGET = 9, 3, 2.0
 """Timed passes at the most, at the least, and the seconds after which there are no more of them."""
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch 2.13 counts it as nothing
@@ -156,7 +156,9 @@ def parts_of(marks: Sequence[Mark], n_blocks: int) -> Parts:
     """
     first = {mark.place: mark.value for mark in reversed(marks)}
     if "enter" not in first or "prefill" not in first:
-        raise UserError("the image encoder did not run on this request; give a prompt and an image that the model takes")
+        raise UserError(
+            "the image encoder did not run on this request; give a prompt and an image that the model takes"
+        )
     blocks: list[float] = [0] * n_blocks
     entered = first["enter"]
     for mark in marks:

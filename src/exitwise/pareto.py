@@ -1,6 +1,6 @@
 """Costs beside figures: what each exit saves, and which exits another one beats in compute, safety and usefulness.
 
-costs.json is measured (costs.py), metrics.json is judged (metrics.py); neither depends on the other. This joins the two.
+costs.json is measured (costs.py), metrics.json judged (metrics.py), and neither depends on the other. This joins them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -84,14 +84,9 @@ def _sentence(front: list[int], by: Mapping[int, tuple[int, ...]], stop_at: Iter
     if not by:
         return "No exit has the figures that dominance compares."
     good = sorted(set(front) & set(stop_at))
-    parts = [f"Not dominated: {_exits(front)}."]
-    parts += [f"Dominated: {_exits(beaten)}." for beaten in [sorted(set(by) - set(front))] if beaten]
-    parts.append(
-        f"Of those not dominated, the device may stop at {_exits(good)}."
-        if good
-        else "None of those not dominated is an exit at which the device may stop."
-    )
-    return " ".join(parts)
+    may = f"the device may stop at {_exits(good)}" if good else "none is cleared for an early stop"
+    beaten = sorted(set(by) - set(front))
+    return f"Not dominated: {_exits(front)}. Of these, {may}." + (f" Dominated: {_exits(beaten)}." if beaten else "")
 
 
 def _exits(exits: Iterable[int]) -> str:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-LEFT, RIGHT, TOP, BELOW = 46, 26, 46, 44
+LEFT, RIGHT, TOP, BELOW = 46, 26, 56, 44
 PALEST = 0.12
 """Opacity of the least useful exit; the most useful one has 1."""
+FADED = 0.5
+"""The same of dominated exits, again."""
 NUMBER, WORDS = 17, 44
 """Widths that an exit's number, and its utility, need between neighbours."""
 
@@ -48,7 +50,7 @@ def pareto(
     saved = [0.0] + [row["saved"] for row in rows]
     room = 0.04 * (max(saved) - min(saved)) or 0.01  # a single exit saves nothing
     plot = _Plot(*size, min(saved) - room, max(saved) + room)
-    order = sorted(rows, key=lambda row: (not row["by"] == (), row["exit"]))  # the front first: its labels have priority
+    order = sorted(rows, key=lambda row: (row["by"] != (), row["exit"]))  # labels of the front have priority
     drawn = [*_axes(plot, default_exit)]
     for row in reversed(order):
         drawn += _point(plot, row, shade(row, rows), notes[row["exit"]])
@@ -86,7 +88,8 @@ def _point(plot: _Plot, row: Mapping[str, Any], opacity: float, note: str) -> It
     x, asr = plot.x(row["saved"]), row["asr"]
     if asr["low"] is not None:
         yield f'<path class="reach {kind}" d="M{x:.1f} {plot.y(asr["high"]):.1f}V{plot.y(asr["low"]):.1f}"/>'
-    yield f"<g>{_circle(kind, x, plot.y(asr['value']), opacity)}<title>{escape(note)}</title></g>"
+    shown = opacity if kind == "front" else opacity * FADED
+    yield f"<g>{_circle(kind, x, plot.y(asr['value']), shown)}<title>{escape(note)}</title></g>"
 
 
 def _kind(row: Mapping[str, Any]) -> str:
@@ -122,9 +125,9 @@ def _axes(plot: _Plot, default_exit: int) -> Iterator[str]:
         yield f'<text class="tick" x="{x:.1f}" y="{plot.bottom + 19}" text-anchor="middle">{text}</text>'
     x = plot.x(0)
     anchor = "start" if x < plot.width / 2 else "end"
-    yield f'<path class="default-line" d="M{x:.1f} {TOP - 30}V{plot.bottom}"/>'
+    yield f'<path class="default-line" d="M{x:.1f} 6V{plot.bottom}"/>'
     yield (
-        f'<text class="default-label" x="{x + (8 if anchor == "start" else -8):.1f}" y="{TOP - 30}" '
+        f'<text class="default-label" x="{x + (8 if anchor == "start" else -8):.1f}" y="14" '
         f'text-anchor="{anchor}">◆ default exit {default_exit}</text>'
     )
     middle = (LEFT + plot.width - RIGHT) / 2
