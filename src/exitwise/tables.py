@@ -244,7 +244,8 @@ def costs(run: Run) -> Table:
         cells += [f"{1000 * seconds[part]['median']:.3f}" if seconds else "" for part in ("encoder", "total")]
         cells += [_percent(row[key]["value"]) for key in ("asr", "utility")]
         rows.append([*cells, "not compared" if row["by"] is None else ranges(row["by"]) or "none"])
-    return Table("What an exit costs", header, rows, f"{_note([run])} {found['sentence']} By {found['of']}.")
+    note = f"Judge: {run.metrics['judge']}. {run.metrics['model']} in {run.folder.name}. {found['sentence']}"
+    return Table("What an exit costs", header, rows, f"{note} Point estimates of {found['of']}.")
 
 
 def _telling(pair: Sequence[Run], default: int, worst: int) -> str | None:
