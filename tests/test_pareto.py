@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from exitwise import UserError
 from exitwise.pareto import Point, dominated, join
 from exitwise.report import html, scatter
 
@@ -72,6 +73,13 @@ def test_what_was_not_measured_is_not_compared():
     assert "utility was not measured" in without["of"]
     nobody = join(*run_of((1, None, None)))
     assert nobody["sentence"] == "No exit has the figures that dominance compares."
+
+
+def test_costs_of_another_run():
+    costs, metrics = run_of((1, 0.5, 0.5), (2, 0.5, 0.5))
+    costs["exits"] = costs["exits"][1:]
+    with pytest.raises(UserError, match="lacks exit 1;"):
+        join(costs, metrics)
 
 
 def drawn(rows, size=(1120, 330), default=4):

@@ -122,7 +122,7 @@ def _inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
     """The request as the model's own processor makes it, on the model's device and in its dtype."""
     text, bos = vlm.chat(prompt), vlm.tokenizer.bos_token
     special = not (bos and text.startswith(bos))
-    made = vlm.processor(images=image, text=text, return_tensors="pt", add_special_tokens=special)
+    made = vlm.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special)
     return made.to(vlm.device, vlm.model.dtype)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import runs
+from .errors import UserError
 from .exit_names import ranges
 
 
@@ -48,8 +49,14 @@ def join(costs: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]
     `saved` = 1 - FLOPs of the request at the exit / FLOPs at the default exit; `share` = the encoder's part of the
     request's FLOPs. `by`: the exits that dominate this one, None where a figure is missing that others have. Where no
     exit has a utility, dominance is of compute and ASR alone (`of`).
+
+    Raises:
+        UserError: the costs are of another run, without one of its exits.
     """
     by_exit = {row["exit"]: row for row in costs["exits"]}
+    absent = {costs["default_exit"], *(row["exit"] for row in metrics["exits"])} - by_exit.keys()
+    if absent:
+        raise UserError(f"costs.json lacks {_exits(sorted(absent))}; restore it, or delete it to do without costs")
     whole = by_exit[costs["default_exit"]]["flops"]["total"]
     rows = [
         {
@@ -60,7 +67,6 @@ def join(costs: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]
             "share": by_exit[figures["exit"]]["flops"]["encoder"] / by_exit[figures["exit"]]["flops"]["total"],
         }
         for figures in sorted(metrics["exits"], key=lambda row: row["exit"])
-        if figures["exit"] in by_exit
     ]
     useful = any(row["utility"]["value"] is not None for row in rows)
     points = [
