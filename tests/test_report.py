@@ -46,7 +46,7 @@ def test_the_answer_comes_first(page):
 
 def test_costs_come_after_the_answer(page):
     assert page.index("May stop at") < page.index("What an exit costs") < page.index("Every exit")
-    assert "Not dominated: exits <span" in page
+    assert 'Not dominated: exits 0, <span class="nb">2–9</span>, 11.' in page
     assert "Of these, the device may stop at exit 9." in page
     assert 'class="is-default ' in page.split("What an exit costs")[1].split("</section>")[0]
 
