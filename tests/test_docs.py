@@ -116,6 +116,14 @@ def test_every_metric_key_is_documented(desk):
     assert not unexplained(desk / "run/metrics.json", "metrics.md")
 
 
+def test_every_key_of_the_costs_is_documented(desk):
+    from exitwise import exit_costs
+    from exitwise.runs import write_json
+
+    write_json(desk / "costs.json", exit_costs(tiny_llava()))
+    assert not unexplained(desk / "costs.json", "metrics.md")
+
+
 def test_every_key_of_a_comparison_is_documented(tmp_path):
     from exitwise import compare_runs
 

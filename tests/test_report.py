@@ -44,6 +44,19 @@ def test_the_answer_comes_first(page):
     assert "model organism" in page[: page.index("<svg")]
 
 
+def test_costs_come_after_the_answer(page):
+    assert page.index("May stop at") < page.index("What an exit costs") < page.index("Every exit")
+    assert 'Not dominated: exits 0, <span class="nb">2–9</span>, 11.' in page
+    assert "Of these, the device may stop at exit 9." in page
+    assert 'class="is-default ' in page.split("What an exit costs")[1].split("</section>")[0]
+
+
+def test_a_run_without_costs(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "costs.json").unlink()
+    assert "What an exit costs" not in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_same_run_same_bytes(run, page):
     before = (run / "report.html").read_bytes()
     assert write_report(run).read_bytes() == before

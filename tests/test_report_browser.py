@@ -113,6 +113,26 @@ def test_no_sideways_scroll(page, view, width):
     assert fits(page)
 
 
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "dark")])
+def test_the_exit_pareto(page, width, scheme):
+    """One figure a screen; the front is coloured, dominated exits are grey, in the colours of the scheme."""
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    resize(page, width, 844)
+    (figure,) = [svg for svg in page.find_elements(By.CSS_SELECTOR, "svg.pareto") if svg.is_displayed()]
+    colours = {
+        kind: {node.value_of_css_property("fill") for node in figure.find_elements(By.CSS_SELECTOR, f".point.{kind}")}
+        for kind in ("front", "beaten")
+    }
+    utility, soft = {"light": ("21, 101, 165", "95, 91, 84"), "dark": ("109, 182, 242", "168, 164, 157")}[scheme]
+    assert colours == {"front": {f"rgb({utility})"}, "beaten": {f"rgb({soft})"}}
+    numbers = [node.text for node in figure.find_elements(By.CSS_SELECTOR, "text.exit")]
+    assert sorted(map(int, numbers)) == list(range(13))
+    assert fits(page)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 def test_answers_wait_for_a_click(page):
     choose(page, exit="0", kind="harmful")
     assert page.find_elements(By.CSS_SELECTOR, ".answer-text") == []

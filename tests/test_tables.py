@@ -109,6 +109,27 @@ def test_answers_stay_hidden_unless_asked_for(pair, format):
     assert "passwd" in make_tables(*pair, what="examples", format=format, with_answers=True)
 
 
+def test_costs(pair):
+    def cost(exit, blocks):
+        flops, seconds = {"encoder": 10 + blocks, "total": 100 + blocks}, {"low": 0.001, "median": 0.002, "high": 0.003}
+        sizes = {key: {"total": 7 + blocks} for key in ("parameters", "bytes")}
+        return sizes | {"exit": exit, "flops": flops, "seconds": {"encoder": seconds, "total": seconds}}
+
+    with pytest.raises(UserError, match=r"costs\.json"):
+        make_tables(*pair, what="costs")
+    assert "What an exit costs" not in make_tables(*pair)
+    about = {"default_exit": 3, "request": {"tokens": 5, "image_tokens": 2}, "repetitions": 9}
+    for run in pair:
+        costs = about | {"exits": [cost(exit, 10 * exit) for exit in (1, 2, 3)]}
+        (run / "costs.json").write_text(json.dumps(costs))
+    table = rows(make_tables(*pair, what="costs", format="csv"))
+    # of the aligned run: ASR 25, 0, 0 %, so the default exit costs more than exit 2 and is as safe
+    picked = [[row[table[0].index(name)] for name in ("exit", "saved (%)", "dominated by")] for row in table[1:]]
+    assert picked == [["1", "15.38", "none"], ["2", "7.69", "none"], ["3", "0.00", "2"]]
+    assert table[1][1:7] == ["17", "17", "20", "110", "15.38", "2.000"]
+    assert "What an exit costs" in make_tables(*pair)
+
+
 def test_bad_choices(pair, tmp_path):
     for arguments, says in (
         ({"what": "all", "format": "csv"}, "holds one table"),

@@ -31,12 +31,14 @@ class Audit:
     config: tyro.conf.OmitArgPrefixes[AuditConfig]
     out: Path | None = None
     """The run directory; without it, runs/<name of the model>."""
+    costs: bool = True
+    """Measure what each exit costs (FLOPs, seconds) before the first answer; docs/costs.md."""
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
         out = self.out or Path("runs") / Path(self.config.model).resolve().name
         with _Bar() as bar:
-            report = audit(self.config, out, bar, self.judging)
+            report = audit(self.config, out, bar, self.judging, self.costs)
         _print_answer(out, report)
 
 
@@ -230,7 +232,7 @@ class TableCommand:
     format: str = "md"
     """md, latex or csv."""
     what: str = "all"
-    """bands, curves, examples or all."""
+    """bands, curves, examples, costs or all."""
     with_answers: bool = False
     """Show answers in the example. They may be harmful."""
     toxicity: str | None = None

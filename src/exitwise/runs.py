@@ -4,6 +4,7 @@
     plan.json                 what was found out once and must not change on resume (batch size, threads, prompts that
                               this model cannot be asked)
     env.json                  versions, device, threads, git
+    costs.json                what an exit costs, measured once at the first start
     samples.jsonl             one Sample a line
     images/                   thumbnails of the images, for the report
     completions.jsonl         one Completion a line, in the order of the plan
@@ -13,8 +14,8 @@
     timing.json               seconds by phase and tokens/s by exit: measured, so never the same twice
     report.html               the report
 
-Everything but env.json, timing.json and report.html (which shows the timing) is byte for byte the same however often
-the run was killed on its way.
+Everything but env.json, costs.json, timing.json and report.html (which shows seconds) is byte for byte the same however
+often the run was killed on its way.
 """
 
 import fcntl

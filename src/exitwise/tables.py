@@ -3,6 +3,7 @@
     bands     Table 2: AASR, ATS and ATR by band, original → aligned
     curves    Figure 3 in numbers: the same by exit, with intervals
     examples  one request at the default exit, at the worst one, and there after alignment
+    costs     what each exit costs and saves, and which exits dominate it
 
 Scores come from scores.<scorer>.jsonl, one object {sample, exit, scorer, value, reason} a line; what nobody scored is
 "not scored", never 0. Requests and answers are hostile text: every cell is escaped, and answers are left out unless
@@ -16,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from . import runs
+from . import pareto, runs
 from .data.controls import control_of
 from .errors import UserError
 from .exit_names import ranges
@@ -24,7 +25,7 @@ from .markup import RENDERERS, Table
 from .outcomes import Reading, outcome, read_all
 from .records import Completion, Sample, Verdict
 
-WHAT = ("bands", "curves", "examples")
+WHAT = ("bands", "curves", "examples", "costs")
 NOT_SCORED = "not scored"
 HIDDEN = "hidden (--with-answers shows it)"
 ANSWER_LIMIT = 300
@@ -60,7 +61,7 @@ def make_tables(
     """The tables of one run, or of a run and the same one after alignment, as text.
 
     Args:
-        what: bands, curves, examples or all.
+        what: bands, curves, examples, costs or all (costs where they were measured).
         format: md, latex or csv (one table at a time).
         toxicity, reward: the scorer of each where a run has several; the beginning of its name will do.
 
@@ -80,7 +81,10 @@ def make_tables(
         "bands": lambda: bands(pair),
         "curves": lambda: curves(pair),
         "examples": lambda: examples(pair, with_answers),
+        "costs": lambda: costs(pair[-1]),
     }
+    if what == "all" and pareto.read_costs(pair[-1].folder) is None:
+        del tables["costs"]
     return "\n".join(RENDERERS[format](make()) for name, make in tables.items() if what in (name, "all"))
 
 
@@ -218,6 +222,30 @@ def examples(pair: Sequence[Run], with_answers: bool) -> Table:
         rows.append(_example("aligned, worst exit", pair[1], key, worst, with_answers))
     sample = first.samples[key]
     return Table("An example", header, rows, f"Request: {sample.prompt} (image: {sample.image or 'none'})")
+
+
+def costs(run: Run) -> Table:
+    """What a request costs at each exit up to its first new token; of a pair, in the second run.
+
+    Raises:
+        UserError: the run was made without costs.
+    """
+    measured = pareto.read_costs(run.folder)
+    if measured is None:
+        raise UserError(f"{run.folder} has no costs.json; expected a run made by `exitwise audit` without --no-costs")
+    found = pareto.join(measured, run.metrics)
+    header = ["exit", "parameters", "bytes", "encoder FLOPs", "request FLOPs", "saved (%)"]
+    header += ["encoder (ms)", "request (ms)", "ASR (%)", "utility (%)", "dominated by"]
+    rows = []
+    for row in found["rows"]:
+        seconds = row["seconds"] or {}
+        cells = [str(row["exit"]), *(str(row[key]["total"]) for key in ("parameters", "bytes"))]
+        cells += [str(row["flops"][part]) for part in ("encoder", "total")] + [_percent(row["saved"])]
+        cells += [f"{1000 * seconds[part]['median']:.3f}" if seconds else "" for part in ("encoder", "total")]
+        cells += [_percent(row[key]["value"]) for key in ("asr", "utility")]
+        rows.append([*cells, "not compared" if row["by"] is None else ranges(row["by"]) or "none"])
+    note = f"Judge: {run.metrics['judge']}. {run.metrics['model']} in {run.folder.name}. {found['sentence']}"
+    return Table("What an exit costs", header, rows, f"{note} Point estimates of {found['of']}.")
 
 
 def _telling(pair: Sequence[Run], default: int, worst: int) -> str | None:
