@@ -13,6 +13,8 @@ ORDER = (
     "runs",
     "data",
     "testbed",
+    "families",
+    "layout",
     "vlm",
     "exits",
     "features",

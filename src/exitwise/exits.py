@@ -9,8 +9,8 @@ Departs from the paper in nothing: e_l of Bachu et al. (2025), section 3, is `hi
 Shapes: N images, S encoder tokens with CLS, P image tokens, D width of the encoder, H width of the language model.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from PIL import Image
@@ -18,23 +18,25 @@ from PIL import Image
 from .errors import UserError
 from .vlm import Vlm
 
+Inputs = torch.Tensor | Mapping[str, torch.Tensor]
+
 
 @torch.inference_mode()
-def encode(vlm: Vlm, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """The L+1 states of one full pass of the encoder, each (N, S, D).
+def encode(vlm: Vlm, inputs: Inputs) -> list[torch.Tensor]:
+    """The L+1 states of one full pass of the encoder, each as its blocks give it: (N, S, D), or (S, D) for qwen.
 
     Args:
-        pixels: (N, 3, height, width).
+        inputs: `vlm.picture(image).inputs`, or pixels (N, 3, height, width) for families that need nothing else.
     """
     states: list[torch.Tensor] = []
     first = vlm.blocks[0].register_forward_pre_hook(
-        lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: states.append(_given(args, kwargs)), with_kwargs=True
     )
     hooks = [first] + [
         block.register_forward_hook(lambda m, i, out: states.append(_state(out))) for block in vlm.blocks
     ]
     try:
-        vlm.model.get_image_features(pixel_values=pixels)
+        vlm.family.features(vlm.model, _named(inputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -42,27 +44,30 @@ def encode(vlm: Vlm, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def replay(vlm: Vlm, pixels: torch.Tensor, states: Sequence[torch.Tensor], exit: int) -> list[torch.Tensor]:
+def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) -> list[torch.Tensor]:
     """Image features at `exit`, one (P, H) per image, from the states of `encode`; no block runs.
 
+    A picture in tiles is still one image: given as `vlm.picture(image).inputs`, the list has one entry.
+
     Args:
-        pixels: the ones that were encoded.
+        inputs: what was encoded.
     """
-    with _blocks_return(vlm, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)}):
-        return list(vlm.model.get_image_features(pixel_values=pixels, vision_feature_layer=-1).pooler_output)
+    with _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)}):
+        found = vlm.family.features(vlm.model, _named(inputs))
+    return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
 
 def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[int, torch.Tensor]:
-    """{exit: (P, H)}: the projected features of one image at each exit, from one encode.
+    """{exit: (P, H)}: what the language model reads of one image at each exit, from one encode.
 
     Raises:
         UserError: an exit lies outside 0 .. L.
     """
     for exit in exits:
         _check(vlm, exit)
-    pixels = vlm.pixels([image])
-    states = encode(vlm, pixels)
-    return {exit: replay(vlm, pixels, states, exit)[0] for exit in exits}
+    inputs = vlm.picture(image).inputs
+    states = encode(vlm, inputs)
+    return {exit: replay(vlm, inputs, states, exit)[0] for exit in exits}
 
 
 @contextmanager
@@ -73,16 +78,9 @@ def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
         UserError: the exit lies outside 0 .. L.
     """
     _check(vlm, exit)
-    layer = vlm.model.config.vision_feature_layer
-    native = (
-        nullcontext() if exit == vlm.default_exit else _blocks_return(vlm, dict.fromkeys(range(exit, vlm.n_blocks)))
-    )
-    with native:
-        vlm.model.config.vision_feature_layer = layer if exit == vlm.default_exit else -1
-        try:
-            yield vlm
-        finally:
-            vlm.model.config.vision_feature_layer = layer
+    default = exit == vlm.default_exit
+    with nullcontext() if default else _cut(vlm, exit, dict.fromkeys(range(exit, vlm.n_blocks))):
+        yield vlm
 
 
 def _check(vlm: Vlm, exit: int) -> None:
@@ -92,9 +90,30 @@ def _check(vlm: Vlm, exit: int) -> None:
         )
 
 
+def _named(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {"pixel_values": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+
+
+def _given(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden state that a block is called with."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["hidden_state"]
+
+
 def _state(output):
     """The hidden state in what a block returns: a tensor, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _cut(vlm: Vlm, exit: int, values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """The blocks of `values` replaced, and the family's settings for `exit` made."""
+    with _blocks_return(vlm, values), ExitStack() as settings:
+        for holder, name, value in vlm.family.settings(vlm.model, exit):
+            settings.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+        yield
 
 
 @contextmanager
@@ -105,8 +124,9 @@ def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator
     """
 
     def forward_for(value):
-        def forward(hidden_states, *args, **kwargs):
-            return hidden_states if value is None else value
+        def forward(*args, **kwargs):
+            found = _given(args, kwargs) if value is None else value
+            return (found,) if vlm.family.block_returns_tuple else found
 
         return forward
 
