@@ -89,7 +89,10 @@ def built(name: str, model: Any, processor: Any, seed: int = 0) -> Vlm:
             parameter.fill_(1.0)
         elif parameter.dim() > 1:
             fan = parameter.shape[-1] if parameter.dim() == 2 else parameter[0].numel()
-            scale = 1.0 if "embed" in key else 1.5 * fan**-0.5
+            scale = (
+                (0.3 if "gemma" in name else 1.0) if "embed_tokens" in key else 1.5 * fan**-0.5
+            )  # gemma scales by √H
+            scale *= 4 if "embed_vision" in key else 1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         elif "bias" in key or "embedding" in key or "newline" in key:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)

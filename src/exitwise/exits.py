@@ -4,18 +4,26 @@ Exit l is the state after l of the encoder's L blocks (0: patch and position emb
 that blocks l .. L-1 become the identity; whatever follows the encoder (selection of patches, projector) is the model's
 own code. `replay` uses that: it runs the stock `get_image_features` with every block replaced by a look-up.
 
+What that means where a model uses several states is written in docs/exits.md.
+
+An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes one,
+their mean is what the encoder ends with, as in the sparse integration of DenseConnector (Yao et al., 2024) without its
+downsampling.
+
 Departs from the paper in nothing: e_l of Bachu et al. (2025), section 3, is `hidden_states[l]`.
 
 Shapes: N images, S encoder tokens with CLS, P image tokens, D width of the encoder, H width of the language model.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from PIL import Image
 
 from .errors import UserError
+from .exit_names import is_fused, layers_of, name_of
 from .vlm import Vlm
 
 Inputs = torch.Tensor | Mapping[str, torch.Tensor]
@@ -52,7 +60,15 @@ def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) 
     Args:
         inputs: what was encoded.
     """
-    with _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)}):
+    layers = layers_of(exit)
+    if vlm.takes_layers and is_fused(exit):
+        cut = _selected(vlm, layers, {j: states[j + 1] for j in range(vlm.n_blocks)})
+    elif is_fused(exit):
+        mean = torch.stack([states[layer] for layer in layers]).mean(dim=0)
+        cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
+    else:
+        cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
+    with cut:
         found = vlm.family.features(vlm.model, _named(inputs))
     return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
@@ -78,15 +94,34 @@ def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
         UserError: the exit lies outside 0 .. L.
     """
     _check(vlm, exit)
-    default = exit == vlm.default_exit
-    with nullcontext() if default else _cut(vlm, exit, dict.fromkeys(range(exit, vlm.n_blocks))):
+    cut: AbstractContextManager[None]
+    if exit == vlm.default_exit:
+        cut = nullcontext()
+    elif vlm.takes_layers and is_fused(exit):
+        cut = _selected(vlm, layers_of(exit), {})
+    elif is_fused(exit):
+        cut = _averaging(vlm, layers_of(exit))
+    else:
+        cut = _cut(vlm, exit, dict.fromkeys(range(exit, vlm.n_blocks)))
+    with cut:
         yield vlm
 
 
 def _check(vlm: Vlm, exit: int) -> None:
-    if not 0 <= exit <= vlm.n_blocks:
+    layers = layers_of(exit)
+    if not all(0 <= layer <= vlm.n_blocks for layer in layers):
         raise UserError(
-            f"exit {exit} is not there: {vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
+            f"exit {name_of(exit)} is not there: {vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
+        )
+    if not is_fused(exit):
+        return
+    if vlm.takes_layers and len(layers) != vlm.takes_layers:
+        raise UserError(
+            f"exit {name_of(exit)} has {len(layers)} layers, but the connector of {vlm.name} takes {vlm.takes_layers}"
+        )
+    if not vlm.family.averages:
+        raise UserError(
+            f"exit {name_of(exit)} fuses layers, and {vlm.name} takes several of its own; name one layer at a time"
         )
 
 
@@ -117,6 +152,41 @@ def _cut(vlm: Vlm, exit: int, values: dict[int, torch.Tensor | None]) -> Iterato
 
 
 @contextmanager
+def _selected(vlm: Vlm, layers: Sequence[int], values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """The connector takes these layers; blocks return the values, where there are any."""
+    config, before = vlm.model.config, vlm.model.config.vision_feature_layer
+    config.vision_feature_layer = list(layers)
+    try:
+        with _blocks_return(vlm, values):
+            yield
+    finally:
+        config.vision_feature_layer = before
+
+
+@contextmanager
+def _averaging(vlm: Vlm, layers: Sequence[int]) -> Iterator[None]:
+    """Blocks run up to the deepest of the layers; the last state is the mean of the layers' states."""
+    states: dict[int, torch.Tensor] = {}
+    last = vlm.n_blocks - 1
+
+    def forward_for(index: int, run: Any) -> Any:
+        def forward(*args, **kwargs):
+            states[index] = _given(args, kwargs)
+            states[index + 1] = _state(run(*args, **kwargs)) if index < layers[-1] else states[index]
+            found = states[index + 1]
+            if index == last:
+                found = torch.stack([states[layer] for layer in layers]).mean(dim=0)
+                states.clear()
+            return (found,) if vlm.family.block_returns_tuple else found
+
+        return forward
+
+    runs = [block.forward for block in vlm.blocks]
+    with _cut(vlm, layers[-1], {}), _forwards(vlm, {i: forward_for(i, run) for i, run in enumerate(runs)}):
+        yield
+
+
+@contextmanager
 def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator[None]:
     """Replaces `forward` of the given blocks: return the value, or the block's input where the value is None.
 
@@ -130,9 +200,16 @@ def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator
 
         return forward
 
-    before = {index: vars(vlm.blocks[index]).get("forward") for index in values}  # set where exits are nested
-    for index, value in values.items():
-        vlm.blocks[index].forward = forward_for(value)  # type: ignore[method-assign,assignment]
+    with _forwards(vlm, {index: forward_for(value) for index, value in values.items()}):
+        yield
+
+
+@contextmanager
+def _forwards(vlm: Vlm, forwards: dict[int, Any]) -> Iterator[None]:
+    """Sets `forward` of blocks, and puts back what was there."""
+    before = {index: vars(vlm.blocks[index]).get("forward") for index in forwards}  # set where exits are nested
+    for index, forward in forwards.items():
+        vlm.blocks[index].forward = forward
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
 """The table of model families: where the parts of a vision-language model are, and what an exit needs of each.
 
-To add a family: one entry in FAMILIES, where its image encoder is of a new kind also one in ENCODERS, and one tiny model
-in tests/families.py; the tests there say whether the entry is right. docs/families.md walks through it.
+To add a family: one entry in FAMILIES and one tiny model in tests/families.py; tests/test_families.py says whether the
+entry is right. docs/families.md walks through it.
 
 Shapes: P rows of an image's features (image tokens for most families), H width of the language model, B rows.
 """

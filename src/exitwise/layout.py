@@ -12,7 +12,7 @@ SMALL = 4096  # values; what is larger is pixels, which no prompt depends on
 
 
 class Layout(NamedTuple):
-    """What the image processor gave for one picture, large arrays replaced by zeros of their shape that take no memory."""
+    """What the image processor gave for one picture, large arrays replaced by zeros that take no memory."""
 
     output: dict[str, Any]
 

@@ -55,11 +55,10 @@ class Policy(nn.Module):
         if not vlm.shares_prefix:
             raise UserError(
                 f"align has no route for {vlm.model.config.model_type!r} models yet; it takes families whose prompts "
-                f"share a prefix (docs/families.md), an audit takes all"
+                "share a prefix (docs/families.md), an audit takes all"
             )
-        config = LoraConfig(
-            r=rank, lora_alpha=lora_alpha, target_modules=vlm.family.lora_targets, task_type="CAUSAL_LM"
-        )  # type: ignore[arg-type]
+        targets = vlm.family.lora_targets
+        config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft and transformers among themselves
             self.peft_model = get_peft_model(vlm.model, config)

@@ -70,6 +70,12 @@ class Vlm:
         return shares_prefix(self.model)
 
     @property
+    def takes_layers(self) -> int:
+        """How many layers the connector concatenates; 0 where it takes one."""
+        layers = getattr(self.model.config, "vision_feature_layer", None)
+        return len(layers) if isinstance(layers, list | tuple) else 0
+
+    @property
     def image_token_id(self) -> int:
         """The id that image features take the place of; for mllama, that marks the image."""
         return self.model.config.image_token_id

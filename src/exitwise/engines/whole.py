@@ -51,7 +51,8 @@ def batch_inputs(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str,
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     pictured = [row for row in rows if row.request.sample.image]
     for name in vlm.family.token_inputs if pictured or not vlm.family.image_in_every_row else ():
-        inputs |= {name: found for found in [_per_token(name, rows, longest, device)] if found is not None}
+        if (values := _per_token(name, rows, longest, device)) is not None:
+            inputs[name] = values
     for name in vlm.family.grid_inputs:
         parts = [row.extras[name] for row in pictured if name in row.extras]
         inputs |= {name: torch.cat(parts).to(device)} if parts else {}
@@ -99,7 +100,7 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def _states_once(vlm: Vlm) -> Iterator[None]:
-    """Cross-attention states go in on the first step only; afterwards they are in the cache, and would be in it twice."""
+    """Cross-attention states go in on the first step only; given again, they would be in the cache twice."""
     prepare = vlm.model.prepare_inputs_for_generation
 
     def first_only(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
