@@ -15,6 +15,7 @@ ORDER = (
     "testbed",
     "families",
     "layout",
+    "loading",
     "vlm",
     "exits",
     "features",

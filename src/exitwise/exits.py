@@ -6,9 +6,9 @@ own code. `replay` uses that: it runs the stock `get_image_features` with every 
 
 What that means where a model uses several states is written in docs/exits.md.
 
-An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes one,
-their mean is what the encoder ends with, as in the sparse integration of DenseConnector (Yao et al., 2024) without its
-downsampling.
+An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes
+one, their mean is what the encoder ends with (averaged as DenseConnector does within its groups of layers, Yao et al.
+2024, but nothing is concatenated: the projector is the model's own).
 
 Departs from the paper in nothing: e_l of Bachu et al. (2025), section 3, is `hidden_states[l]`.
 

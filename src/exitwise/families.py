@@ -352,8 +352,11 @@ def find_blocks(model: Any) -> nn.ModuleList:
 def shares_prefix(model: Any) -> bool:
     """Whether a prompt's first part may be computed apart from the rest.
 
-    Not where attention reaches back a limited number of places: rows of a shared batch are padded in the middle.
+    Not where attention reaches back a limited number of places: rows of a shared batch are padded in the middle. Nor
+    where layers lie on several devices.
     """
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:  # keys and values lie on several devices
+        return False
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None)
     limited = any(kind != "full_attention" for kind in kinds) if kinds else bool(getattr(text, "sliding_window", None))

@@ -1,8 +1,6 @@
 """Loads a vision-language model and says where its parts are; pictures and prompts as it takes them."""
 
-import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 
 from .errors import UserError
 from .families import FAMILIES, PLAIN_PROMPT, Family, absolute, check_family, family_of, find_blocks, shares_prefix
 from .layout import Layout, Picture, Prompt, hollow, played
+from .loading import QUANTISED, adapter_folder, loading_errors, placement, quantisation, with_adapter
 from .quiet import quiet
 
 __all__ = ["FAMILIES", "PLAIN_PROMPT", "Vlm", "adapter_folder", "describe", "load_vlm"]
@@ -195,37 +193,45 @@ def load_vlm(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Vlm:
-    """Loads `testbed`, `testbed-control`, a local folder or a hub id of a LLaVA-1.5-style checkpoint.
+    """Loads `testbed`, `testbed-control`, a local folder or a hub id of a model of a family in the table.
 
     Args:
-        adapter: a PEFT adapter for the language model (or the run directory of an alignment), merged into it in memory.
-        dtype: "auto" is float32 on a CPU (bfloat16 crawls on most) and the checkpoint's own elsewhere.
-        device: "auto" is the first GPU where there is one.
+        adapter: a PEFT adapter for the language model (or the run directory of an alignment), merged into it in memory;
+            over weights of few bits it stays apart.
+        dtype: "auto" is float32 on a CPU (bfloat16 crawls on most) and the checkpoint's own elsewhere; "int8" and
+            "int4" quantise the language model (bitsandbytes or torchao), never the encoder.
+        device: "auto" is the first GPU where there is one; "spread" all GPUs together.
         trust_remote_code: run code that comes with the checkpoint.
         say: told one line at a time what takes long.
 
     Raises:
-        UserError: nothing is there, the family is not supported, or the adapter is for another model.
+        UserError: nothing is there, the family is not supported, the licence is not accepted, a package is missing, or
+            the adapter is for another model.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    _check_device(device)
+    place = placement(device)
     source, builtin = str(name), None
     if source in TESTBEDS:
         from .testbed.parts import base_folder, shipped
 
         builtin, source = shipped(TESTBEDS[source]), str(base_folder(say))
     torch_dtype: Any = torch.float32 if dtype == "auto" and device == "cpu" else dtype
-    with quiet(), _loading_errors(str(name)):
+    small = dtype in QUANTISED
+    with quiet(), loading_errors(str(name)):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        check_family(str(name), config)
+        family = check_family(str(name), config)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if not hasattr(processor, "image_processor"):
+            raise UserError(f"{name} has no image processor (preprocessor_config.json); add the original model's")
+        place |= quantisation(dtype, device, family)
         loader: Any = AutoModelForImageTextToText
         model, info = loader.from_pretrained(
             source,
-            dtype=torch_dtype,
+            dtype="auto" if small else torch_dtype,
+            **place,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
@@ -235,8 +241,10 @@ def load_vlm(
             raise UserError(f"the weights of {name} are not whole: {len(lost)} missing or misshapen, first {lost[0]}")
     for path in (builtin, adapter and adapter_folder(adapter)):
         if path is not None:
-            model = _merge_adapter(model, path)
-    model = model.to(device).eval().requires_grad_(False)
+            model = with_adapter(model, path, merge=not small)
+    model = model.eval().requires_grad_(False)
+    if "device_map" not in place:
+        model = model.to(device)
     return describe(str(name), model, processor)
 
 
@@ -258,70 +266,3 @@ def describe(name: str, model: Any, processor: Any) -> Vlm:
         raise UserError(f"{name} says vision_feature_layer = {layers}, but its encoder has {len(blocks)} blocks")
     processor.tokenizer.padding_side = "left"
     return Vlm(name, model, processor, blocks, max(absolute(layer, len(blocks)) for layer in layers))
-
-
-def adapter_folder(path: str | Path) -> str | Path:
-    """The PEFT folder of an alignment's run directory; any other path or hub id as it is.
-
-    Raises:
-        UserError: the alignment is not finished.
-    """
-    if not Path(path, "plan.json").exists() or Path(path, "adapter_config.json").exists():
-        return path
-    if not Path(path, "adapter/exitwise.json").exists():
-        raise UserError(f"{path} has no finished adapter; finish the alignment with the command that began it")
-    return Path(path, "adapter")
-
-
-def _check_device(device: str) -> None:
-    """Raises UserError where torch does not know the device, or it is not in this machine."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0][:120]
-        raise UserError(f"--device got {device!r} ({first}); expected cpu, or cuda where there is a GPU") from error
-
-
-def _merge_adapter(model: Any, path: str | Path) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    if not Path(path).joinpath("adapter_config.json").exists() and Path(path).exists():
-        raise UserError(f"{path} is not a PEFT adapter (no adapter_config.json); give a folder saved by peft")
-    try:
-        with quiet(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapted = PeftModel.from_pretrained(model, str(path))
-            wanted, found = get_peft_model_state_dict(adapted).keys(), load_peft_weights(str(path), device="cpu").keys()
-            if wanted != found:  # peft would leave the rest as it was initialised
-                raise ValueError(
-                    f"{len(wanted ^ found)} of its tensors have no place here, first {min(wanted ^ found)}"
-                )
-            return adapted.merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the adapter {path} does not fit this model ({first}); give one trained on it") from error
-
-
-@contextmanager
-def _loading_errors(name: str):
-    """Turns what transformers raises for a model that cannot be had into one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        ImportError,
-        RuntimeError,
-        TypeError,
-        AttributeError,
-        SafetensorError,
-    ) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"cannot load {name!r} ({first[:200]}); expected 'testbed', a folder with config.json, "
-            "model.safetensors and a processor, or a hub id you may read (HF_TOKEN for gated ones)"
-        ) from error
