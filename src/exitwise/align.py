@@ -574,7 +574,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         critic=config.method == "l-ppo", gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     everything = [Request(s, exits.trained[0]) for s in (*pools.harmful, *pools.benign, *pools.vqa)]
-    check_context(vlm, make_rows(vlm, everything, features.n_tokens), config.max_new_tokens)
+    check_context(vlm, make_rows(vlm, everything, features.layout), config.max_new_tokens)
     reward = load_scores(config.reward if config.method in ("l-ppo", "grpo") else "matcher", policy)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=config.lr, weight_decay=0.0)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
 
-from .config import DTYPES, AuditConfig, check_ranges
+from .config import AuditConfig, check_ranges
 from .errors import UserError
 
 VQA_QUESTIONS = 1200
@@ -152,8 +152,9 @@ class AlignConfig:
             ("samples_every", 1, inf), ("checkpoint_every", 1, inf), ("seed", 0, inf),
         )  # fmt: skip
         check_ranges(self, ranges)
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(DTYPES)}")
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        if self.dtype not in dtypes:
+            raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(dtypes)}")
         if not all(0 <= share <= 1 for share in self.anchor):
             raise UserError(f"--anchor got {self.anchor}; expected two shares from 0 to 1")
         if min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:

@@ -224,7 +224,7 @@ def generate(
     _tell_skipped([f"{name}: {reason}" for name, reason in unasked.items()], progress)
     runs.write_atomic(out / "samples.jsonl", runs.to_lines(samples))
     requests = [hf.Request(sample, exit) for sample in samples for exit in exits]
-    rows = hf.make_rows(vlm, requests, features.n_tokens)
+    rows = hf.make_rows(vlm, requests, features.layout)
     plan = _plan(plan_path, config, vlm, exits, rows, unasked)
     if costs and not (out / "costs.json").exists():
         with clock.phase("costs"):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from . import pareto, runs
 from .data.controls import control_of
 from .errors import UserError
-from .exit_names import ranges
+from .exit_names import name_of, ranges
 from .markup import RENDERERS, Table
 from .outcomes import Reading, outcome, read_all
 from .records import Completion, Sample, Verdict
@@ -190,7 +190,7 @@ def curves(pair: Sequence[Run]) -> Table:
     by_exit = [{row["exit"]: row for row in run.metrics["exits"]} for run in pair]
     rows = []
     for exit_ in sorted({exit_ for table in by_exit for exit_ in table}):
-        cells = [str(exit_)]
+        cells = [name_of(exit_)]
         for run, table in zip(pair, by_exit, strict=True):
             row = table.get(exit_)
             asr = row["asr"] if row else {}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from .. import report
+from ..exit_names import name_of
 from ..metrics import SIGNIFICANCE
 from ..report import svg
 from ..report.html import digest, environment, p_value, percent, ranges
@@ -82,7 +83,7 @@ def mark(entry: Mapping[str, Any] | None, better: str) -> str:
 def sections(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
     """(what the rows are, [(name, row)]) for the tables: exits, bands, groups."""
     notes = {row["exit"]: names(row, figures["default_exit"]) for row in figures["by_exit"]}
-    yield "exit", [(f"{row['exit']} {notes[row['exit']]}".rstrip(), row) for row in figures["by_exit"]]
+    yield "exit", [(f"{name_of(row['exit'])} {notes[row['exit']]}".rstrip(), row) for row in figures["by_exit"]]
     for title, key in (("band", "bands"), ("group", "groups")):
         yield title, [(f"{row[title]} ({ranges(row['exits'])})", row) for row in figures[key]]
 

@@ -23,6 +23,7 @@ from markupsafe import Markup, escape
 
 from .. import calibrate, metrics, pareto
 from ..config import AuditConfig
+from ..exit_names import name_of
 from ..runs import read_json, write_atomic
 from . import scatter, svg
 from .judges import disagreement
@@ -95,6 +96,7 @@ def environment() -> Environment:
         points=points,
         p_value=p_value,
         ranges=ranges,
+        exit_name=name_of,
         number=number,
         plain=plain,
         unbroken=unbroken,
@@ -116,7 +118,7 @@ def _curves(figures: Mapping[str, Any]) -> dict[str, Markup]:
     """The curve twice, for a wide and for a narrow screen, and the keys of its legend."""
     notes = {
         row["exit"]: "\n".join(
-            [f"exit {row['exit']}/{figures['n_blocks']}: {row['mark']}"]
+            [f"exit {name_of(row['exit'])}/{figures['n_blocks']}: {row['mark']}"]
             + [f"{name} {percent(row[key]['value'])} {bounds(row[key])}".rstrip() for key, name in svg.SERIES.items()]
         )
         for row in figures["exits"]

@@ -21,9 +21,12 @@
     return node;
   }
 
+  // An exit that fuses layers is a number of its own: 1003018 is 3+18 (exitwise/exit_names.py).
+  const called = (exit) => (exit < 1000 ? String(exit) : String(exit).slice(1).match(/.../g).map(Number).join("+"));
+
   function fill(select, values, selected) {
     for (const value of values) {
-      const option = make("option", "", String(value));
+      const option = make("option", "", typeof value === "number" ? called(value) : String(value));
       option.value = value;
       option.defaultSelected = value === selected;
       select.append(option);
@@ -61,7 +64,7 @@
   }
 
   function answerBlock(sample, answer, exit) {
-    const head = make("div", "answer-head", make("span", "at", `exit ${exit}`));
+    const head = make("div", "answer-head", make("span", "at", `exit ${called(exit)}`));
     if (exit === data.default) head.firstChild.append(" ◆", make("span", "word", " default"));
     const block = make("div", "answer", head);
     if (!answer) {
@@ -70,7 +73,7 @@
     }
     const button = make("button", "reveal");
     const id = `answer-${(serial += 1)}`;
-    const label = (open) => button.replaceChildren(open ? "Hide answer" : "Show answer", make("span", "unseen", ` of exit ${exit} to: ${sample.prompt.slice(0, 80)}`));
+    const label = (open) => button.replaceChildren(open ? "Hide answer" : "Show answer", make("span", "unseen", ` of exit ${called(exit)} to: ${sample.prompt.slice(0, 80)}`));
     button.type = "button";
     button.setAttribute("aria-expanded", "false");
     button.setAttribute("aria-controls", id);
