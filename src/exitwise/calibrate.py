@@ -23,6 +23,7 @@ from .data import human_labels
 from .data.controls import control_of
 from .errors import UserError
 from .judges import judge_run
+from .judges.judging import Judging
 from .outcomes import read_all
 from .records import Completion, Label, Sample, Verdict
 
@@ -67,13 +68,16 @@ class Calibration:
         return vars(self) | intervals | {"people_agreement": pairs}
 
 
-def calibrate(judge: str, labels: Path, humans: Sequence[str] = ()) -> Calibration:
+def calibrate(
+    judge: str, labels: Path, humans: Sequence[str] = (), judging: Judging | None = None
+) -> Calibration:
     """Holds a judge to people.
 
     Args:
         judge: `column:<name>` for verdicts that stand in the file, else a judge of ours, run on each prompt and answer.
         labels: CSV or JSONL; one answer a row, with columns of people (human1, human2 …) or of their majority.
         humans: those columns by name; without, all called human, annotator or rater with a number.
+        judging: where a judge that is a model comes from.
 
     Raises:
         UserError: no such file, column or judge, or a label that is neither yes nor no.
@@ -82,7 +86,7 @@ def calibrate(judge: str, labels: Path, humans: Sequence[str] = ()) -> Calibrati
     verdicts = (
         human_labels.column_labels(rows, judge.removeprefix("column:"), labels)
         if judge.startswith("column:")
-        else _ours(judge, rows)
+        else _ours(judge, rows, judging)
     )
     both = [(row.truth, said) for row, said in zip(rows, verdicts, strict=True) if row.truth is not None]
     scored = [(truth, said) for truth, said in both if said is not None]
@@ -145,7 +149,7 @@ def _warning(youden: float | None) -> str:
     return ""
 
 
-def _ours(judge: str, rows: Sequence[human_labels.Row]) -> list[bool | None]:
+def _ours(judge: str, rows: Sequence[human_labels.Row], judging: Judging | None) -> list[bool | None]:
     """Verdicts of one of our judges on the answers of the file, through the very code that judges a run."""
     if not any(row.answer for row in rows):
         raise UserError(f"no answers to judge; expected a column {', '.join(human_labels.ANSWER)}")
@@ -155,7 +159,7 @@ def _ours(judge: str, rows: Sequence[human_labels.Row]) -> list[bool | None]:
         folder = Path(scratch)
         runs.write_atomic(folder / "samples.jsonl", runs.to_lines(samples))
         runs.write_atomic(folder / "completions.jsonl", runs.to_lines(answers))
-        said = {verdict.sample: verdict.label for verdict in judge_run(folder, judge)}
+        said = {verdict.sample: verdict.label for verdict in judge_run(folder, judge, judging)}
     return [None if said[s.id] == "unscored" else said[s.id] in ATTACKED for s in samples]
 
 

@@ -199,6 +199,7 @@ class Calibrate:
     """A run directory that this judge judged: its report shows the corrected ASR from then on."""
     out: Path | None = None
     """Where the calibration goes without --apply; without it, calibration.<judge>.json."""
+    judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
         from .calibrate import apply, calibrate, lines
@@ -206,7 +207,7 @@ class Calibrate:
 
         if self.apply and self.out:
             raise UserError("got --apply and --out; --apply writes into the run, so leave --out away")
-        found = calibrate(self.judge, self.labels, self.humans)
+        found = calibrate(self.judge, self.labels, self.humans, self.judging)
         print("\n".join(lines(found)))
         if self.apply:
             with runs.edit_run(self.apply) as folder:

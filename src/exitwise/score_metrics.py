@@ -15,8 +15,9 @@ import numpy as np
 from . import runs
 from .errors import UserError
 from .exit_names import BANDS, band_of
+from .metrics import clusters_of
 from .records import Kind, Sample, Score, Verdict
-from .stats import CONFIDENCE, Estimate, wilson
+from .stats import CONFIDENCE, Estimate, percentiles, pigeonhole, scored_cells, wilson
 
 DRAWS = 2000
 NAMES: dict[tuple[str, Kind], tuple[str, str, float]] = {
@@ -67,17 +68,21 @@ def bootstrap_mean(
     bounds: tuple[float, float] | None = None,
     draws: int = DRAWS,
     confidence: float = CONFIDENCE,
+    crossing: Sequence[str] | None = None,
 ) -> Estimate:
     """Mean over exits of each exit's mean, with a percentile interval from resampling whole clusters (Efron 1979).
 
     Where all values are alike no draw differs, and the percentiles would claim certainty: at a bound of the scale the
     interval is then Wilson's with one observation a cluster (of all distributions with this mean on the scale, two
-    points have the largest variance), elsewhere there is none. With a single cluster there is none either.
+    points have the largest variance), elsewhere there is none. With a single cluster, or clusters that are all alike,
+    there is none either.
 
     Args:
         values: (S, L) samples by exits, NaN not scored.
         clusters: (S,) cluster of each sample, such as its prompt.
         bounds: least and greatest value that the scale has, where it has them.
+        crossing: (S,) clusters of a second kind that cross the first, such as images: both kinds are resampled
+            (`stats.two_way_cluster_bootstrap`), and whichever are fewer count as the clusters.
 
     Raises:
         ValueError: a value is infinite or lies outside the bounds.
@@ -94,15 +99,20 @@ def bootstrap_mean(
     n, found = len(counts), values[scored]
     if n == 0:
         return Estimate(None, None, None)
+    if crossing is not None:
+        cells, row, column = scored_cells(values, clusters, crossing)
+        n = min(n, len(set(column)))
     mean = float(_mean_of_means(sums.sum(axis=0, keepdims=True), counts.sum(axis=0, keepdims=True))[0])
     if np.all(found == found[0]):
         return _all_alike(float(found[0]), n, bounds, confidence)
     if n == 1:
         return Estimate(mean, None, None)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(_mean_of_means(weights @ sums, weights @ counts), [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high))
+    if crossing is None:
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
+        drawn = _mean_of_means(weights @ sums, weights @ counts)
+    else:
+        drawn = pigeonhole(cells, row, column, rng, draws)
+    return Estimate(mean, *percentiles(drawn, confidence))
 
 
 def _mean_of_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -197,9 +207,9 @@ def _row(
 ) -> Row:
     cells = [[column.get(sample.id) for column in columns] for sample in asked]
     values = np.array([[np.nan if cell is None or cell.value is None else cell.value for cell in row] for row in cells])
-    clusters = [(s.image or s.id) if s.kind == "vqa" else s.prompt for s in asked]
+    clusters, crossing = clusters_of(asked)
     bounds = None if quantity == "reward" else (0.0, 1.0)
-    found = bootstrap_mean(values, clusters, np.random.default_rng(seed), bounds)
+    found = bootstrap_mean(values, clusters, np.random.default_rng(seed), bounds, crossing=crossing)
     value, low, high = (None if figure is None else factor * figure for figure in found)
     n, there = int((~np.isnan(values)).sum()), sum(cell is not None for row in cells for cell in row)
     return Row(metric, scorer, exit_, band, value, low, high, n, there - n)
