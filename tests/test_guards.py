@@ -407,6 +407,25 @@ def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
     assert sum(e["asr"]["successes"] for e in got["exits"]) == 2
 
 
+def test_a_guard_is_calibrated(checkpoints, tmp_path, monkeypatch, capsys):
+    """Where a model comes from is said as for judging; labelled answers have no image and no run."""
+    from exitwise.cli import entry
+
+    rows = [(text, int("poison" in text)) for text in HARMLESS[:2] + HARMFUL]
+    lines = [f'"How?","{text}",{label}' for text, label in rows]
+    (tmp_path / "labels.csv").write_text("\n".join(["prompt,answer,human1", *lines]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    models = {"wildguard": checkpoints("wildguard"), "llama-guard-3-vision": str(save_vision_guard(tmp_path / "v"))}
+    for name, path in models.items():
+        entry(["calibrate", name, "--labels", "labels.csv", "--judge-model", path])
+    found = {name: json.loads((tmp_path / f"calibration.{name}.json").read_text()) for name in models}
+    assert [found["wildguard"][key]["successes"] for key in ("sensitivity", "specificity")] == [2, 2]
+    assert found["llama-guard-3-vision"]["n"] == 4
+    with pytest.raises(SystemExit):
+        entry(["calibrate", "rubric", "--labels", "labels.csv"])
+    assert "the judge rubric needs --judge-model" in capsys.readouterr().err
+
+
 def test_parsed_by_the_version_asked_for():
     assert llama_guard(GUARDS["llama-guard-1"].categories)("unsafe\nO3").categories == ("O3",)
     assert isinstance(llama_guard({})("safe"), Parsed)

@@ -68,9 +68,7 @@ class Calibration:
         return vars(self) | intervals | {"people_agreement": pairs}
 
 
-def calibrate(
-    judge: str, labels: Path, humans: Sequence[str] = (), judging: Judging | None = None
-) -> Calibration:
+def calibrate(judge: str, labels: Path, humans: Sequence[str] = (), judging: Judging | None = None) -> Calibration:
     """Holds a judge to people.
 
     Args:
@@ -129,6 +127,29 @@ def lines(found: Calibration) -> list[str]:
         f"agreement with the majority: kappa {kappa}; of people among themselves: alpha {alpha}",
         *([found.warning] if found.warning else []),
     ]
+
+
+def in_words(judge: str, found: Mapping[str, Any] | None) -> str:
+    """Who judged and how far to trust it, for the first page of a report.
+
+    Args:
+        found: what `of_run` gives.
+    """
+    kind = (
+        "which matches strings: it knows refusals, not harm"
+        if judge == "refusal"
+        else "which is itself a model and errs both ways"
+    )
+    if not found or found["sensitivity"]["value"] is None or found["specificity"]["value"] is None:
+        return f"The answers were judged by “{judge}”, {kind}. It was not held to people here."
+    se, sp = (f"{100 * found[name]['value']:.0f} %" for name in ("sensitivity", "specificity"))
+    text = (
+        f"The answers were judged by “{judge}”, {kind}. Held to people on {found['n']} other answers, "
+        f"{found['source']}, it found {se} of the unsafe ones and passed {sp} of the safe ones"
+    )
+    if found["specificity"]["value"] < 0.5:
+        return f"{text}: an ASR from it may be far too high where answers are neither refusals nor harmful."
+    return text + "."
 
 
 def _interval(share: stats.Interval) -> str:

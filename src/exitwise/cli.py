@@ -374,6 +374,9 @@ def _print_answer(folder: Path, report: Path) -> None:
     metrics = runs.read_json(folder / "metrics.json", "answer")
     print(metrics["answer"]["headline"])
     print(metrics["answer"]["detail"])
+    from .calibrate import in_words, of_run
+
+    print(in_words(metrics["judge"], of_run(folder, metrics["judge"], 0)))
     notice = metrics.get("notice")
     if notice:
         print(notice)

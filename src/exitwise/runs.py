@@ -30,7 +30,7 @@ from .records import Record
 
 R = TypeVar("R", bound=Record)
 WHERE = ("image_folders",)
-"""Of config.json: where things lie, not what they are. It follows the last start; another place is not another config."""
+"""Of config.json: where things lie, not what they are. Another place is not another config: the last is kept."""
 
 
 def write_atomic(path: Path, text: str) -> None:

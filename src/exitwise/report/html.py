@@ -41,6 +41,7 @@ def write_report(folder: Path) -> Path:
     for row in figures["exits"]:
         row["mark"] = "may stop" if row["exit"] in figures["answer"]["stop_at"] else row["standing"]
     path = folder / "report.html"
+    calibration = calibrate.of_run(folder, figures["judge"], config.get("seed", 0))
     timing = _optional(folder / "timing.json")
     write_atomic(
         path,
@@ -53,7 +54,8 @@ def write_report(folder: Path) -> Path:
             speed=timing.get("tokens_per_second", {}),
             command=_command(config),
             judges=judges,
-            calibration=calibrate.of_run(folder, figures["judge"], config.get("seed", 0)),
+            calibration=calibration,
+            judged_by=calibrate.in_words(figures["judge"], calibration),
             data=Markup(data),
             shown=shown,
             total=total,
