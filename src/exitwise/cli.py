@@ -15,6 +15,7 @@ from .align_config import AlignConfig
 from .audit import audit, judge_and_measure
 from .config import AuditConfig, RewardConfig
 from .errors import UserError
+from .judges import NAMES
 from .judges.judging import Judging
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 130
@@ -86,8 +87,13 @@ class Judge:
 
     run_directory: Annotated[Path, tyro.conf.Positional]
     """Made by `exitwise audit`."""
-    judge: str | None = None
-    """Names separated by commas (docs/judges.md); the first one's verdicts make the figures. Without it, the run's."""
+    judge: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Names separated by commas, of {', '.join(NAMES)} (docs/judges.md); the first one's verdicts make "
+            "the figures. Without it, the run's."
+        ),
+    ] = None
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
@@ -448,7 +454,7 @@ def entry(arguments: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     if not words:
         words = ["--help"]
-    command = tyro.cli(Command, args=words, prog="exitwise", description=__doc__)  # type: ignore[call-overload]
+    command = parse(words)
     try:
         command.run()
     except UserError as error:
@@ -465,6 +471,11 @@ def entry(arguments: Sequence[str] | None = None) -> None:
             f"cannot write: {error.strerror}{where}; make room or permit it, then give the same command again",
             EXIT_BAD_INPUT,
         )
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The command that the words say, not yet run; SystemExit where they say none."""
+    return tyro.cli(Command, args=words, prog="exitwise", description=__doc__)  # type: ignore[call-overload]
 
 
 def _fail(message: str, code: int) -> None:
