@@ -174,6 +174,11 @@ def _ours(judge: str, rows: Sequence[human_labels.Row], judging: Judging | None)
     """Verdicts of one of our judges on the answers of the file, through the very code that judges a run."""
     if not any(row.answer for row in rows):
         raise UserError(f"no answers to judge; expected a column {', '.join(human_labels.ANSWER)}")
+    if judge != "refusal" and (asked := next((row for row in rows if not row.prompt.strip()), None)):
+        raise UserError(
+            f"{asked.place}: no request, which {judge} reads beside the answer; expected a column "
+            f"{', '.join(human_labels.PROMPT)}"
+        )
     samples = [Sample(str(i), row.prompt, "harmful", "") for i, row in enumerate(rows)]
     answers = [Completion(str(i), 0, row.answer, (), "stop") for i, row in enumerate(rows)]
     with TemporaryDirectory() as scratch:
