@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import runs
+from .data.controls import control_of
 from .errors import UserError
 from .exit_names import BANDS, band_of
 from .metrics import clusters_of
@@ -135,8 +136,9 @@ def _all_alike(value: float, n: int, bounds: tuple[float, float] | None, confide
 def score_table(folder: Path) -> list[Row]:
     """Every figure that the scores of a run carry, by scorer, kind, exit and band.
 
-    A scorer that is not through with the run is left out (`unfinished` names it). Clusters are prompts, and images for
-    VQA, whose questions are templates; the seed is the run's.
+    A scorer that is not through with the run is left out (`unfinished` names it), and so are controls. Clusters are
+    prompts, and images too where they cross; images alone for VQA, whose questions are templates; the seed is the
+    run's.
 
     Raises:
         UserError: a file of the run is missing or broken, or two versions share a file.
@@ -148,7 +150,8 @@ def score_table(folder: Path) -> list[Row]:
     for about, scores in _finished(folder):
         _require_one_scorer(scores)
         for kind in about["kinds"]:
-            of_kind = [score for score in scores if samples[score.sample].kind == kind]
+            asked = {key for key, sample in samples.items() if sample.kind == kind and control_of(sample) is None}
+            of_kind = [score for score in scores if score.sample in asked]
             if of_kind:
                 rows += _rows(about["quantity"], kind, of_kind, samples, plan["n_blocks"], seed)
     return rows
@@ -238,7 +241,7 @@ def refusal_contrast(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> 
     Args:
         verdicts: of one judge whose labels tell refusals (the matcher).
     """
-    kinds = {sample.id: sample.kind for sample in samples}
+    kinds = {sample.id: sample.kind for sample in samples if control_of(sample) is None}
     counts: dict[int, dict[str, list[int]]] = defaultdict(lambda: {"benign": [0, 0], "harmful": [0, 0]})
     for verdict in verdicts:
         kind = kinds.get(verdict.sample)

@@ -131,9 +131,15 @@ def _command(config: Mapping[str, Any]) -> str:
     for field in fields(AuditConfig):
         value = config.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        if field.name != "model" and value != field.default:
-            words.append("--" + field.name.replace("_", "-"))
-            words += [] if value is True else map(str, value if isinstance(value, tuple) else (value,))
+        flag = field.name.replace("_", "-")
+        if field.name == "model" or value == field.default:
+            continue
+        if field.name == "data":  # one set a flag
+            words += [word for part in value for word in ("--data", str(part))]
+        elif isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join([*words, "--out", "runs/again"])
 
 
