@@ -141,6 +141,15 @@ def costs() -> dict[str, Any]:
     return about | {"threads": 2, "repetitions": 9, "request": request, "exits": rows}
 
 
+def add_judge(folder: Path, differs: set[tuple[str, int]]) -> None:
+    """Verdicts of a judge "guard" that is of the matcher's opinion but on these (sample, exit)."""
+    rows = [json.loads(line) for line in (folder / "verdicts.refusal.jsonl").read_text().splitlines()]
+    for row in rows:
+        unsafe = (row["label"] == "answered") != ((row["sample"], row["exit"]) in differs)
+        row |= {"judge": "guard", "label": "unsafe" if unsafe else "safe"}
+    (folder / "verdicts.guard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def config() -> dict[str, Any]:
     notice = (
         "The built-in VLM is a model organism: its hole at the middle exits was trained in, so that there is something "

@@ -10,7 +10,7 @@ import pytest
 from tests.compare_fixture import write_run
 from tests.conftest import ROOT, tiny_llava
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 COMMANDS = sorted(
     {
         line.strip()
@@ -51,6 +51,38 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "my_photos").mkdir()
     Image.new("RGB", (40, 40), "green").save(tmp_path / "my_photos/a.png")
     return tmp_path
+
+
+SHOWN = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.match(r"    (?:[A-Z_]+=\S+ )?exitwise \w", line)
+    }
+)
+"""Commands that are shown and not run, since they need a hub, a server or an hour."""
+
+
+def test_every_shown_command_parses():
+    from exitwise.cli import parse
+
+    assert len(SHOWN) > 30
+    for line in SHOWN:
+        words = shlex.split(line, comments=True)
+        try:
+            parse(words[words.index("exitwise") + 1 :])
+        except SystemExit as stop:
+            raise AssertionError(f"{line} does not parse") from stop
+
+
+def test_every_judge_has_its_command_on_the_page_of_its_family():
+    from exitwise.judges import NAMES
+
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs/judges").glob("*.md")]
+    for name in NAMES:
+        line = re.compile(rf"^    (?:[A-Z_]+=\S+ )?exitwise judge runs/\S+ --judge {re.escape(name)}(?: |$)", re.M)
+        assert sum(bool(line.search(page)) for page in pages) == 1, name
 
 
 def test_there_is_something_to_run():

@@ -162,6 +162,7 @@ def _config_json(config: AuditConfig, inputs: Inputs) -> dict[str, Any]:
         "sources": inputs.sources,
         "samples_sha256": digest,
         "images_sha256": pictures.hexdigest(),
+        "image_folders": {name: str(folder.resolve()) for name, folder in inputs.roots.items()},
         "notice": TESTBED_NOTICE.get(config.model, ""),
     }
     return fields | extra | _adapter_info(config)

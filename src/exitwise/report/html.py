@@ -44,6 +44,7 @@ def write_report(folder: Path) -> Path:
     for row in figures["exits"]:
         row["mark"] = "may stop" if row["exit"] in figures["answer"]["stop_at"] else row["standing"]
     path = folder / "report.html"
+    calibration = calibrate.of_run(folder, figures["judge"], config.get("seed", 0))
     timing = _optional(folder / "timing.json")
     write_atomic(
         path,
@@ -56,7 +57,8 @@ def write_report(folder: Path) -> Path:
             speed=timing.get("tokens_per_second", {}),
             command=_command(config),
             judges=judges,
-            calibration=calibrate.of_run(folder, figures["judge"], config.get("seed", 0)),
+            calibration=calibration,
+            judged_by=calibrate.in_words(figures["judge"], calibration),
             data=Markup(data),
             shown=shown,
             total=total,
@@ -171,9 +173,15 @@ def _command(config: Mapping[str, Any]) -> str:
     for field in fields(AuditConfig):
         value = config.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        if field.name != "model" and value != field.default:
-            words.append("--" + field.name.replace("_", "-"))
-            words += [] if value is True else map(str, value if isinstance(value, tuple) else (value,))
+        flag = field.name.replace("_", "-")
+        if field.name == "model" or value == field.default:
+            continue
+        if field.name == "data":  # one set a flag
+            words += [word for part in value for word in ("--data", str(part))]
+        elif isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join([*words, "--out", "runs/again"])
 
 
