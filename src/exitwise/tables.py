@@ -338,6 +338,7 @@ def _values(run: Run, quantity: str, asked: Sequence[Sample], exits: Sequence[in
     values = np.full((len(asked), len(exits)), np.nan)
     for column, exit_ in enumerate(exits):
         for row, sample in enumerate(asked):
+            found: float | None
             if quantity == "asr":
                 reading = run.readings.get(exit_, {}).get(sample.id)
                 found = None if reading is None else outcome("asr", sample, reading)
