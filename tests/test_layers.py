@@ -49,6 +49,9 @@ ORDER = (
     "rollout",
     "align",
     "reward_training",
+    "slim_card",
+    "slim",
+    "inspection",
     "cli",
 )
 SOURCE = Path(exitwise.__file__).parent

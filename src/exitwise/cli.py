@@ -13,7 +13,7 @@ import tyro
 from . import runs
 from .align_config import AlignConfig
 from .audit import audit, judge_and_measure
-from .config import AuditConfig, RewardConfig
+from .config import AuditConfig, RewardConfig, SlimConfig
 from .errors import UserError
 from .judges import NAMES
 from .judges.judging import Judging
@@ -321,6 +321,40 @@ class Reward:
         self.command.run()
 
 
+@dataclass(frozen=True)
+class Slim:
+    """Write a checkpoint whose image encoder ends at an exit: stock transformers, vLLM and others load it."""
+
+    config: tyro.conf.OmitArgPrefixes[SlimConfig]
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The folder to write; it must be new or empty."""
+
+    def run(self) -> None:
+        from .slim import slim
+
+        with _Bar() as bar:
+            folder = slim(self.config, self.out, bar)
+        saves = runs.read_json(folder / "exitwise.json", "saves")["saves"]
+        print(
+            f"{saves['blocks_cut']} blocks cut: {saves['parameters']:,} parameters, {saves['bytes']:,} bytes and "
+            f"{saves['flops_per_image']:.3g} FLOPs per image less"
+        )
+        print(f"slim model: {folder}")
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Tell at which exit a checkpoint runs in transformers, vLLM and llama.cpp, and warn where that is elsewhere."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A Hugging Face folder, or a GGUF file (an mmproj)."""
+
+    def run(self) -> None:
+        from .inspection import inspect_checkpoint, lines
+
+        print("\n".join(lines(inspect_checkpoint(self.path))))
+
+
 Command = (
     Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -331,6 +365,8 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[TableCommand, tyro.conf.subcommand("table")]
+    | Annotated[Slim, tyro.conf.subcommand("slim")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[tyro.conf.OmitArgPrefixes[Reward], tyro.conf.subcommand("reward")]
 )
 
