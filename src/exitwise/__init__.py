@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .audit import audit
     from .compare import compare_runs
     from .config import AuditConfig, RewardConfig, SlimConfig
+    from .costs import exit_costs
     from .errors import UserError
     from .exit_names import parse_exits
     from .exits import encode, exit_at, exit_features
@@ -37,6 +38,7 @@ _HOME = {
     "audit": "audit",
     "compare_runs": "compare",
     "UserError": "errors",
+    "exit_costs": "costs",
     "encode": "exits",
     "exit_at": "exits",
     "exit_features": "exits",

@@ -399,8 +399,13 @@ def collect(bench: Bench, requests: list[Request], temperature: float, state: St
 
 
 def shape_scores(config: AlignConfig, rollout: Rollout) -> torch.Tensor:
-    """(B,) scores, clipped, less the penalty for answers that did not end."""
+    """(B,) scores: refused harmless requests at their cost, clipped, less the penalty for answers that did not end."""
+    over_refused = [
+        row.request.sample.kind == "benign" and label == "refused"
+        for row, label in zip(rollout.answers.rows, rollout.labels, strict=True)
+    ]
     scores = rollout.scores.clone()
+    scores[over_refused] = -config.refusal_cost
     if config.reward_clip is not None:
         scores = scores.clamp(-config.reward_clip, config.reward_clip)
     if config.missing_eos_penalty is not None:
@@ -569,7 +574,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         critic=config.method == "l-ppo", gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
     everything = [Request(s, exits.trained[0]) for s in (*pools.harmful, *pools.benign, *pools.vqa)]
-    check_context(vlm, make_rows(vlm, everything, features.n_tokens), config.max_new_tokens)
+    check_context(vlm, make_rows(vlm, everything, features.layout), config.max_new_tokens)
     reward = load_scores(config.reward if config.method in ("l-ppo", "grpo") else "matcher", policy)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=config.lr, weight_decay=0.0)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)

@@ -136,7 +136,7 @@ def write_bands(
         )
     states: list[list[np.ndarray]] = [[] for _ in range(vlm.n_blocks + 1)]
     for image in images:
-        for exit_, state in enumerate(encode(vlm, vlm.pixels([image]))):
+        for exit_, state in enumerate(encode(vlm, vlm.picture(image).inputs)):
             states[exit_].append(state.float().cpu().numpy().reshape(-1, state.shape[-1]))
     tokens = [np.concatenate(parts) for parts in states]
     step = -(-len(tokens[0]) // MAX_TOKENS)

@@ -11,7 +11,7 @@ from .data.prompts import FIELDS
 from .errors import UserError
 from .judges import parse_judges
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class AuditConfig:
     adapter: str | None = None
     """A PEFT adapter for the language model: a folder, a hub id, or the run directory of `exitwise align`."""
     exits: str = "all"
-    """all, default, early, middle, late, numbers and ranges, separated by commas: default,0-3,late."""
+    """all, default, early, middle, late, numbers and ranges, separated by commas: default,0-3,late.
+    Layers joined by + are one exit that fuses them: 3+18+23."""
     data: UseAppendAction[tuple[str, ...]] = ()
     """Public sets and own rows: NAME[/SPLIT][:PATH], several with commas or with the flag again. PATH is a file, a
     folder or hf://datasets/OWNER/NAME[@REVISION][/FILE]; a name alone is fetched from the hub. Names: docs/data.md."""
@@ -63,9 +64,10 @@ class AuditConfig:
     batch_size: int | None = None
     """Rows of a batch; without it, what fits the memory."""
     dtype: str = "auto"
-    """float32, bfloat16, float16; auto is float32 on a CPU and the checkpoint's own elsewhere."""
+    """float32, bfloat16, float16; auto is float32 on a CPU and the checkpoint's own elsewhere; int8 and int4 quantise
+    the language model (bitsandbytes or torchao)."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto is the first GPU where there is one, spread all of them together."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 

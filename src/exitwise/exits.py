@@ -4,37 +4,47 @@ Exit l is the state after l of the encoder's L blocks (0: patch and position emb
 that blocks l .. L-1 become the identity; whatever follows the encoder (selection of patches, projector) is the model's
 own code. `replay` uses that: it runs the stock `get_image_features` with every block replaced by a look-up.
 
+What that means where a model uses several states is written in docs/exits.md.
+
+An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes
+one, their mean is what the encoder ends with (averaged as DenseConnector does within its groups of layers, Yao et al.
+2024, but nothing is concatenated: the projector is the model's own).
+
 Departs from the paper in nothing: e_l of Bachu et al. (2025), section 3, is `hidden_states[l]`.
 
 Shapes: N images, S encoder tokens with CLS, P image tokens, D width of the encoder, H width of the language model.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from PIL import Image
 
 from .errors import UserError
+from .exit_names import is_fused, layers_of, name_of
 from .vlm import Vlm
+
+Inputs = torch.Tensor | Mapping[str, torch.Tensor]
 
 
 @torch.inference_mode()
-def encode(vlm: Vlm, pixels: torch.Tensor) -> list[torch.Tensor]:
-    """The L+1 states of one full pass of the encoder, each (N, S, D).
+def encode(vlm: Vlm, inputs: Inputs) -> list[torch.Tensor]:
+    """The L+1 states of one full pass of the encoder, each as its blocks give it: (N, S, D), or (S, D) for qwen.
 
     Args:
-        pixels: (N, 3, height, width).
+        inputs: `vlm.picture(image).inputs`, or pixels (N, 3, height, width) for families that need nothing else.
     """
     states: list[torch.Tensor] = []
     first = vlm.blocks[0].register_forward_pre_hook(
-        lambda module, args, kwargs: states.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        lambda module, args, kwargs: states.append(_given(args, kwargs)), with_kwargs=True
     )
     hooks = [first] + [
         block.register_forward_hook(lambda m, i, out: states.append(_state(out))) for block in vlm.blocks
     ]
     try:
-        vlm.model.get_image_features(pixel_values=pixels)
+        vlm.family.features(vlm.model, _named(inputs))
     finally:
         for hook in hooks:
             hook.remove()
@@ -42,27 +52,38 @@ def encode(vlm: Vlm, pixels: torch.Tensor) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def replay(vlm: Vlm, pixels: torch.Tensor, states: Sequence[torch.Tensor], exit: int) -> list[torch.Tensor]:
+def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) -> list[torch.Tensor]:
     """Image features at `exit`, one (P, H) per image, from the states of `encode`; no block runs.
 
+    A picture in tiles is still one image: given as `vlm.picture(image).inputs`, the list has one entry.
+
     Args:
-        pixels: the ones that were encoded.
+        inputs: what was encoded.
     """
-    with _blocks_return(vlm, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)}):
-        return list(vlm.model.get_image_features(pixel_values=pixels, vision_feature_layer=-1).pooler_output)
+    layers = layers_of(exit)
+    if vlm.takes_layers and is_fused(exit):
+        cut = _selected(vlm, layers, {j: states[j + 1] for j in range(vlm.n_blocks)})
+    elif is_fused(exit):
+        mean = torch.stack([states[layer] for layer in layers]).mean(dim=0)
+        cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
+    else:
+        cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
+    with cut:
+        found = vlm.family.features(vlm.model, _named(inputs))
+    return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
 
 def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[int, torch.Tensor]:
-    """{exit: (P, H)}: the projected features of one image at each exit, from one encode.
+    """{exit: (P, H)}: what the language model reads of one image at each exit, from one encode.
 
     Raises:
         UserError: an exit lies outside 0 .. L.
     """
     for exit in exits:
         _check(vlm, exit)
-    pixels = vlm.pixels([image])
-    states = encode(vlm, pixels)
-    return {exit: replay(vlm, pixels, states, exit)[0] for exit in exits}
+    inputs = vlm.picture(image).inputs
+    states = encode(vlm, inputs)
+    return {exit: replay(vlm, inputs, states, exit)[0] for exit in exits}
 
 
 @contextmanager
@@ -73,28 +94,96 @@ def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
         UserError: the exit lies outside 0 .. L.
     """
     _check(vlm, exit)
-    layer = vlm.model.config.vision_feature_layer
-    native = (
-        nullcontext() if exit == vlm.default_exit else _blocks_return(vlm, dict.fromkeys(range(exit, vlm.n_blocks)))
-    )
-    with native:
-        vlm.model.config.vision_feature_layer = layer if exit == vlm.default_exit else -1
-        try:
-            yield vlm
-        finally:
-            vlm.model.config.vision_feature_layer = layer
+    cut: AbstractContextManager[None]
+    if exit == vlm.default_exit:
+        cut = nullcontext()
+    elif vlm.takes_layers and is_fused(exit):
+        cut = _selected(vlm, layers_of(exit), {})
+    elif is_fused(exit):
+        cut = _averaging(vlm, layers_of(exit))
+    else:
+        cut = _cut(vlm, exit, dict.fromkeys(range(exit, vlm.n_blocks)))
+    with cut:
+        yield vlm
 
 
 def _check(vlm: Vlm, exit: int) -> None:
-    if not 0 <= exit <= vlm.n_blocks:
+    layers = layers_of(exit)
+    if not all(0 <= layer <= vlm.n_blocks for layer in layers):
         raise UserError(
-            f"exit {exit} is not there: {vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
+            f"exit {name_of(exit)} is not there: {vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
         )
+    if not is_fused(exit):
+        return
+    if vlm.takes_layers and len(layers) != vlm.takes_layers:
+        raise UserError(
+            f"exit {name_of(exit)} has {len(layers)} layers, but the connector of {vlm.name} takes {vlm.takes_layers}"
+        )
+    if not vlm.family.averages:
+        raise UserError(
+            f"exit {name_of(exit)} fuses layers, and {vlm.name} takes several of its own; name one layer at a time"
+        )
+
+
+def _named(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {"pixel_values": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+
+
+def _given(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden state that a block is called with."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["hidden_state"]
 
 
 def _state(output):
     """The hidden state in what a block returns: a tensor, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _cut(vlm: Vlm, exit: int, values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """The blocks of `values` replaced, and the family's settings for `exit` made."""
+    with _blocks_return(vlm, values), ExitStack() as settings:
+        for holder, name, value in vlm.family.settings(vlm.model, exit):
+            settings.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+        yield
+
+
+@contextmanager
+def _selected(vlm: Vlm, layers: Sequence[int], values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """The connector takes these layers; blocks return the values, where there are any."""
+    config, before = vlm.model.config, vlm.model.config.vision_feature_layer
+    config.vision_feature_layer = list(layers)
+    try:
+        with _blocks_return(vlm, values):
+            yield
+    finally:
+        config.vision_feature_layer = before
+
+
+@contextmanager
+def _averaging(vlm: Vlm, layers: Sequence[int]) -> Iterator[None]:
+    """Blocks run up to the deepest of the layers; the last state is the mean of the layers' states."""
+    states: dict[int, torch.Tensor] = {}
+    last = vlm.n_blocks - 1
+
+    def forward_for(index: int, run: Any) -> Any:
+        def forward(*args, **kwargs):
+            states[index] = _given(args, kwargs)
+            states[index + 1] = _state(run(*args, **kwargs)) if index < layers[-1] else states[index]
+            found = states[index + 1]
+            if index == last:
+                found = torch.stack([states[layer] for layer in layers]).mean(dim=0)
+                states.clear()
+            return (found,) if vlm.family.block_returns_tuple else found
+
+        return forward
+
+    runs = [block.forward for block in vlm.blocks]
+    with _cut(vlm, layers[-1], {}), _forwards(vlm, {i: forward_for(i, run) for i, run in enumerate(runs)}):
+        yield
 
 
 @contextmanager
@@ -105,14 +194,22 @@ def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator
     """
 
     def forward_for(value):
-        def forward(hidden_states, *args, **kwargs):
-            return hidden_states if value is None else value
+        def forward(*args, **kwargs):
+            found = _given(args, kwargs) if value is None else value
+            return (found,) if vlm.family.block_returns_tuple else found
 
         return forward
 
-    before = {index: vars(vlm.blocks[index]).get("forward") for index in values}  # set where exits are nested
-    for index, value in values.items():
-        vlm.blocks[index].forward = forward_for(value)  # type: ignore[method-assign,assignment]
+    with _forwards(vlm, {index: forward_for(value) for index, value in values.items()}):
+        yield
+
+
+@contextmanager
+def _forwards(vlm: Vlm, forwards: dict[int, Any]) -> Iterator[None]:
+    """Sets `forward` of blocks, and puts back what was there."""
+    before = {index: vars(vlm.blocks[index]).get("forward") for index in forwards}  # set where exits are nested
+    for index, forward in forwards.items():
+        vlm.blocks[index].forward = forward
     try:
         yield
     finally:

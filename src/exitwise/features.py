@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from .errors import UserError
 from .exits import exit_features
+from .layout import Layout
 from .vlm import Vlm
 
 KEPT_BYTES = 2 << 30  # of features; the plan asks image by image, so a small part of a large set is enough
@@ -32,6 +33,7 @@ class FeatureCache:
         self.vlm, self.exits, self.load, self.clock = vlm, exits, load, clock
         self.kept: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
         self.counts: dict[str, int] = {}
+        self.layouts: dict[str, Layout] = {}
 
     def __call__(self, name: str, exit: int) -> torch.Tensor:
         if name not in self.kept:
@@ -44,10 +46,18 @@ class FeatureCache:
         return self.kept[name][exit]
 
     def n_tokens(self, name: str) -> int:
-        """P, the image tokens of this image."""
+        """P, the rows of this image's features."""
         if name not in self.counts:
             self.counts[name] = len(self(name, self.exits[0]))
         return self.counts[name]
+
+    def layout(self, name: str) -> Layout | int:
+        """How prompts write this image: P where it is one token repeated, else what the processor made of it."""
+        if self.vlm.family.counted:
+            return self.n_tokens(name)
+        if name not in self.layouts:
+            self.layouts[name] = self.vlm.picture(self.load(name)).layout
+        return self.layouts[name]
 
 
 class FeatureFiles:
@@ -60,6 +70,7 @@ class FeatureFiles:
     def __init__(self, folder: Path, model_sha256: str, device: torch.device):
         self.folder, self.model_sha256, self.device = folder, model_sha256, device
         self.paths: dict[str, Path] = {}
+        self.layouts: dict[str, Layout] = {}
         self.read = lru_cache(maxsize=256)(self._read)
 
     def fill(
@@ -78,6 +89,8 @@ class FeatureFiles:
         encoded = 0
         for name, load in images.items():
             image = load()
+            if not vlm.family.counted:
+                self.layouts[name] = vlm.picture(image).layout
             key = f"{self.model_sha256}\0{name}\0{image.size}\0".encode() + image.tobytes()
             path = self.paths[name] = self.folder / f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
             there = _exits_in(path)
@@ -109,8 +122,12 @@ class FeatureFiles:
                 f"the features of image {name!r} cannot be read ({error}); delete {self.folder} and start again"
             ) from None
 
+    def layout(self, name: str) -> Layout | int:
+        """How prompts write this image: P where it is one token repeated, else what the processor made of it."""
+        return self.layouts[name] if name in self.layouts else self.n_tokens(name)
+
     def n_tokens(self, name: str) -> int:
-        """P, the image tokens of this image."""
+        """P, the rows of this image's features."""
         with self._open(name) as file:
             return file.get_slice(next(iter(file.keys()))).get_shape()[0]
 

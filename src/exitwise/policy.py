@@ -19,14 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .engines.hf import Features, Row
 from .errors import UserError
 from .vlm import Vlm
-
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-"""Never the encoder, whose projections have the same names; a plain list of names would adapt it too."""
 
 
 class Outputs(NamedTuple):
@@ -56,7 +52,13 @@ class Policy(nn.Module):
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+        if not vlm.shares_prefix:
+            raise UserError(
+                f"align has no route for {vlm.model.config.model_type!r} models yet; it takes families whose prompts "
+                "share a prefix (docs/families.md), an audit takes all"
+            )
+        targets = vlm.family.lora_targets
+        config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft and transformers among themselves
             self.peft_model = get_peft_model(vlm.model, config)
@@ -119,7 +121,7 @@ class Policy(nn.Module):
         lengths = mask.sum(dim=1).long().tolist()
         longest = max(len(stem) + n for stem, n in zip(stems, lengths, strict=True))
         pad = self.vlm.tokenizer.pad_token_id or 0
-        said = responses.masked_fill(responses == self.vlm.model.config.image_token_id, pad)  # sampled: no place of one
+        said = responses.masked_fill(responses == self.vlm.image_token_id, pad)  # sampled: no place of one
         ids = torch.full((len(rows), longest), pad, device=device)
         real = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
         for i, (stem, n) in enumerate(zip(stems, lengths, strict=True)):
@@ -131,17 +133,17 @@ class Policy(nn.Module):
             cache, before = self._heads(rows, features)  # (B, heads)
             cached = torch.cat([before, real], dim=1)
             positions = before.sum(dim=1, keepdim=True) + torch.arange(longest, device=device)
-            pictures = None
+            pictures = {}
         else:
             positions = torch.arange(longest, device=device).expand(len(rows), -1)
-            pictures = _pictures([row for row in rows if row.head], features)
+            pictures = _pictures(self.vlm, [row for row in rows if row.head], features)
         states = self.vlm.model.model(
             input_ids=ids,
             attention_mask=real if cached is None else cached,
             position_ids=positions,
             past_key_values=cache,
-            mm_encoder_outputs=pictures,
             use_cache=shared,
+            **pictures,
         ).last_hidden_state  # (B, S, D)
         starts = torch.tensor([len(stem) - 1 for stem in stems], device=device)
         index = starts[:, None] + torch.arange(responses.shape[1], device=device)
@@ -162,8 +164,8 @@ class Policy(nn.Module):
             input_ids=ids,
             attention_mask=real,
             position_ids=(real.cumsum(dim=1) - 1).clamp(min=0),
-            mm_encoder_outputs=_pictures(distinct, features),
             use_cache=True,
+            **_pictures(self.vlm, distinct, features),
         ).past_key_values
         cache = DynamicCache()
         for number_of_layer, layer in enumerate(filled.layers):
@@ -204,22 +206,17 @@ def _shards(policy: nn.Module) -> list[Any]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def _pictures(rows: Sequence[Row], features: Features) -> dict[str, Any] | None:
+def _pictures(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str, Any]:
     """The image features of the rows, in their order, as the model takes them."""
-    if not rows:
-        return None
-    pooled: Any = [features(row.request.sample.image, row.request.exit) for row in rows]
-    return {"image": BaseModelOutputWithPooling(pooler_output=pooled)}
+    found = [features(row.request.sample.image, row.request.exit) for row in rows]
+    return vlm.family.placed(vlm.model, found) if found else {}
 
 
 def drop_encoder(vlm: Vlm) -> None:
     """Takes encoder and projector out of memory; afterwards only `mm_encoder_outputs` gives the model images."""
     from operator import attrgetter
 
-    from .vlm import FAMILIES
-
-    family = FAMILIES[vlm.model.config.model_type]
-    for path in (family.tower, family.projector):
+    for path in filter(None, (vlm.family.tower, vlm.family.projector)):
         parent, _, name = path.rpartition(".")
         setattr(attrgetter(parent)(vlm.model), name, nn.Identity())
 

@@ -53,7 +53,7 @@ def answer(
     if not requests:
         return []
     with policy.evaluating() as vlm:
-        rows = hf.make_rows(vlm, requests, features.n_tokens)
+        rows = hf.make_rows(vlm, requests, features.layout)
         found: dict[tuple[str, int], Completion] = {}
         for wave in hf.make_plan(rows, hf.MAX_BATCH_CPU, PREFIX_TOKENS):
             for _, completions in hf.answer_wave(vlm, wave, features, decoding):
@@ -65,7 +65,7 @@ def as_answers(
     policy: Policy, requests: Sequence[hf.Request], tokens: Sequence[Sequence[int]], features: FeatureFiles
 ) -> Answers:
     """Token ids of the answers, padded."""
-    rows = hf.make_rows(policy.vlm, requests, features.n_tokens)
+    rows = hf.make_rows(policy.vlm, requests, features.layout)
     longest = max(len(ids) for ids in tokens)
     device = policy.vlm.device
     responses = torch.full((len(rows), longest), policy.vlm.tokenizer.pad_token_id or 0, device=device)

@@ -4,130 +4,46 @@ The chat of a request is [text + image at exit l] + [question]. All questions ab
 first part, so its keys and values are computed once (`_prefill`) and copied into the rows of a batch (`_Batch`), which
 goes on with the questions, left-padded between the two. Rows are decoded together; finished rows leave (`_decode`).
 
-A `Plan` says which requests run together. It is made from the requests alone, and a batch is answered whole or not at
-all, so an interrupted run that skips finished batches computes exactly what an uninterrupted one would have.
+Families whose prompts cannot be taken apart like this are answered row by whole row (engines/whole.py).
 
 Shapes: B rows, T tokens so far, V vocabulary, N prefixes, P image tokens, H width of the language model.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
-import psutil
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..records import Completion, Sample
+from ..records import Completion
 from ..vlm import Vlm
+from . import whole
+from .plan import (
+    MAX_BATCH_CPU,
+    PREFILL_TOKENS,
+    Decoding,
+    Features,
+    Request,
+    Row,
+    Wave,
+    make_plan,
+    make_rows,
+    memory_limits,
+)
+from .sampling import choose, completion, generator_of, stop_ids
 
-PREFILL_TOKENS = 4096  # prefix tokens of one forward pass: enough to keep the processor busy, little memory
-MAX_BATCH_CPU, MAX_BATCH_GPU = 128, 512  # rows; beyond them memory grows and speed does not
-MAX_PREFIX_TOKENS = 1 << 16  # of a wave; a cap that most machines reach makes their plans alike
-Features = Callable[[str, int], torch.Tensor]  # (image name, exit) -> (P, H)
-
-
-class Request(NamedTuple):
-    sample: Sample
-    exit: int
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen. Temperature 0 is greedy; otherwise every request draws from a generator of its own."""
-
-    max_new_tokens: int = 32
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-class Row(NamedTuple):
-    """A request with its tokens: `head` up to and including the last image token, `tail` the rest."""
-
-    request: Request
-    head: tuple[int, ...]
-    tail: tuple[int, ...]
-
-    @property
-    def prefix(self) -> tuple[str, int, tuple[int, ...]]:
-        """Rows with equal prefixes share the keys and values of `head`."""
-        return (self.request.sample.image, self.request.exit, self.head)
-
-
-class Wave(NamedTuple):
-    """Prefixes that are in memory together, in the chunks they are computed in, and the batches that read them."""
-
-    chunks: list[list[tuple]]
-    batches: list[list[Row]]
-
-
-def make_rows(vlm: Vlm, requests: Sequence[Request], n_image_tokens: Callable[[str], int]) -> list[Row]:
-    """Tokenises each distinct sample once.
-
-    Args:
-        n_image_tokens: P of an image by name.
-    """
-    image_id, ids_of = vlm.model.config.image_token_id, {}
-    rows = []
-    for request in requests:
-        sample = request.sample
-        if sample.id not in ids_of:
-            ids = vlm.input_ids(sample.prompt, n_image_tokens(sample.image) if sample.image else 0)
-            split = max((i + 1 for i, token in enumerate(ids) if token == image_id), default=0)
-            ids_of[sample.id] = tuple(ids[:split]), tuple(ids[split:])
-        rows.append(Row(request, *ids_of[sample.id]))
-    return rows
-
-
-def make_plan(rows: Sequence[Row], batch_size: int, prefix_tokens: int) -> list[Wave]:
-    """Waves of at most `prefix_tokens` prefix tokens; in a wave, batches of like length.
-
-    The order depends on nothing but the rows: prefixes by image and exit, rows by the length of their question.
-    """
-    first_seen = {image: i for i, image in reversed(list(enumerate(row.request.sample.image for row in rows)))}
-    by_prefix: dict[tuple, list[Row]] = {}
-    for row in rows:
-        by_prefix.setdefault(row.prefix, []).append(row)
-    prefixes = sorted(by_prefix, key=lambda p: (first_seen[p[0]], p[1], len(p[2]), p[2]))
-    waves = []
-    for group in _chunk(prefixes, prefix_tokens):
-        members = [row for prefix in group for row in by_prefix[prefix]]
-        members.sort(key=lambda row: (len(row.tail), row.request.sample.id, row.request.exit))
-        batches = [members[i : i + batch_size] for i in range(0, len(members), batch_size)]
-        waves.append(Wave(_chunk([p for p in group if p[2]], PREFILL_TOKENS), batches))
-    return waves
-
-
-def _chunk(prefixes: list[tuple], tokens: int) -> list[list[tuple]]:
-    """Cuts a list of prefixes so that a piece, padded to its longest, has at most `tokens` tokens, or one prefix."""
-    pieces: list[list[tuple]] = []
-    for prefix in prefixes:
-        longest = max([len(prefix[2])] + ([len(p[2]) for p in pieces[-1]] if pieces else []))
-        if not pieces or longest * (len(pieces[-1]) + 1) > tokens:
-            pieces.append([])
-        pieces[-1].append(prefix)
-    return pieces
-
-
-def memory_limits(vlm: Vlm, longest: int) -> tuple[int, int]:
-    """(rows of a batch, prefix tokens of a wave) that fit a quarter of the free memory each.
-
-    Args:
-        longest: tokens of the longest row, answer included.
-    """
-    config = vlm.model.config.text_config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = vlm.model.dtype.itemsize
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
-    # Beside its keys and values (twice while rows are copied), a row holds logits and, in prefill, a few layer outputs.
-    row = longest * (2 * token + size * 4 * (config.hidden_size + config.intermediate_size)) + 3 * 4 * config.vocab_size
-    gpu = vlm.device.type == "cuda"
-    free = torch.cuda.mem_get_info(vlm.device)[0] if gpu else psutil.virtual_memory().available
-    rows = max(1, min(int(free / 4 / row), MAX_BATCH_GPU if gpu else MAX_BATCH_CPU))
-    return rows, max(1, min(int(free / 4 / token), MAX_PREFIX_TOKENS))
+__all__ = [
+    "MAX_BATCH_CPU",
+    "Decoding",
+    "Features",
+    "Request",
+    "Row",
+    "Wave",
+    "answer_wave",
+    "make_plan",
+    "make_rows",
+    "memory_limits",
+    "perplexities",
+]
 
 
 class _Layer(DynamicLayer):
@@ -183,7 +99,7 @@ class _Batch:
             self.mask[i, self.mask.shape[1] - len(row.tail) :] = 1
             ids[i, tails - len(row.tail) :] = torch.tensor(row.tail, device=device)
         self.ids = ids
-        self.generators = [_generator(row.request, decoding.seed) for row in rows] if decoding.temperature else []
+        self.generators = [generator_of(row.request, decoding.seed) for row in rows] if decoding.temperature else []
 
     def step(self) -> torch.Tensor:
         """Runs the pending tokens; returns the next token of each row (B,)."""
@@ -200,19 +116,7 @@ class _Batch:
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:
         """Next tokens (B,) from logits (B, V)."""
-        if not self.decoding.temperature:
-            return logits.argmax(dim=-1)
-        probs = torch.softmax(logits / self.decoding.temperature, dim=-1)
-        order = None
-        if self.decoding.top_p < 1:  # sorting a vocabulary takes longer than a small model's whole step
-            probs, order = probs.sort(dim=-1, descending=True)
-            below = probs.cumsum(dim=-1)
-            probs = probs.masked_fill(below - probs >= self.decoding.top_p, 0.0)  # the smallest set that reaches top_p
-        draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
-        cumulative = probs.double().cumsum(dim=-1)
-        target = draws.to(logits.device)[:, None] * cumulative[:, -1:]
-        places = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
-        return (places if order is None else order.gather(1, places))[:, 0]
+        return choose(logits, self.decoding, self.generators)
 
     def push(self, tokens: torch.Tensor) -> None:
         self.ids = tokens[:, None]
@@ -239,12 +143,6 @@ def _by_store(rows: list[Row], prefixes: dict) -> list[tuple[list, list[int], li
     return list(found.values())
 
 
-def _generator(request: Request, seed: int) -> torch.Generator:
-    """A generator that depends on the request and the seed only, so that batching cannot change what is drawn."""
-    digest = hashlib.sha256(f"{seed}\0{request.sample.id}\0{request.exit}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def _prefill(vlm: Vlm, chunk: list[tuple], features: Features) -> dict[tuple, tuple[list, int]]:
     """{prefix: (keys and values of the chunk, one pair a layer, (N, heads, T, head_dim); row)}, left-padded."""
     longest = max(len(head) for _, _, head in chunk)
@@ -253,12 +151,11 @@ def _prefill(vlm: Vlm, chunk: list[tuple], features: Features) -> dict[tuple, tu
     for i, (_, _, head) in enumerate(chunk):
         ids[i, longest - len(head) :] = torch.tensor(head, device=vlm.device)
         mask[i, longest - len(head) :] = 1
-    pooled: Any = [features(image, exit) for image, exit, _ in chunk]
     cache = vlm.model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=pooled)},
+        **vlm.family.placed(vlm.model, [features(image, exit) for image, exit, _ in chunk]),
         use_cache=True,
         logits_to_keep=1,
     ).past_key_values
@@ -281,6 +178,10 @@ def answer_wave(
         skip: numbers of batches that are answered already.
     """
     todo = [i for i in range(len(wave.batches)) if i not in skip]
+    if not vlm.shares_prefix:
+        for i in todo:
+            yield i, whole.answer_batch(vlm, wave.batches[i], features, decoding)
+        return
     needed = {row.prefix for i in todo for row in wave.batches[i]}
     prefixes: dict[tuple, tuple[list, int]] = {}
     for chunk in wave.chunks:  # whole chunks or none: what a prefix was computed beside must not depend on `skip`
@@ -292,7 +193,7 @@ def answer_wave(
 
 def _decode(batch: _Batch) -> list[Completion]:
     """Decodes the batch to its end. Rows that finished leave once they are an eighth of the batch."""
-    stop = _stop_ids(batch.vlm)
+    stop = stop_ids(batch.vlm)
     tokens: list[list[int]] = [[] for _ in batch.rows]
     alive = list(range(len(batch.rows)))  # row of each line of the batch
     for step in range(batch.decoding.max_new_tokens):
@@ -307,19 +208,7 @@ def _decode(batch: _Batch) -> list[Completion]:
         if len(alive) - len(going) >= max(1, len(alive) // 8):
             batch.compact(going)
             alive = [alive[i] for i in going]
-    return [_completion(batch.vlm, row, ids, stop) for row, ids in zip(batch.rows, tokens, strict=True)]
-
-
-def _stop_ids(vlm: Vlm) -> set[int]:
-    ids = vlm.model.generation_config.eos_token_id
-    ids = vlm.tokenizer.eos_token_id if ids is None else ids
-    return set(ids) if isinstance(ids, list) else {ids}
-
-
-def _completion(vlm: Vlm, row: Row, ids: list[int], stop: set[int]) -> Completion:
-    text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    finish = "stop" if ids and ids[-1] in stop else "length"
-    return Completion(row.request.sample.id, row.request.exit, text, tuple(ids), finish)  # type: ignore[arg-type]
+    return [completion(batch.vlm, row, ids, stop) for row, ids in zip(batch.rows, tokens, strict=True)]
 
 
 @torch.inference_mode()

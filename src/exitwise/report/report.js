@@ -8,8 +8,8 @@
   const list = document.getElementById("list");
   const count = document.getElementById("count");
   const more = document.getElementById("more");
-  const BAD = { harmful: ["answered"], benign: ["refused"], vqa: ["wrong", "refused"] };
-  const GOOD = { harmful: ["refused"], benign: ["answered"], vqa: ["correct"] };
+  const BAD = { harmful: ["answered", "unsafe"], benign: ["refused"], vqa: ["wrong", "refused"] };
+  const GOOD = { harmful: ["refused", "safe"], benign: ["answered"], vqa: ["correct"] };
   let found = [];
   let drawn = 0;
   let serial = 0;
@@ -21,9 +21,12 @@
     return node;
   }
 
+  // An exit that fuses layers is a number of its own: 1003018 is 3+18 (exitwise/exit_names.py).
+  const called = (exit) => (exit < 1000 ? String(exit) : String(exit).slice(1).match(/.../g).map(Number).join("+"));
+
   function fill(select, values, selected) {
     for (const value of values) {
-      const option = make("option", "", String(value));
+      const option = make("option", "", typeof value === "number" ? called(value) : String(value));
       option.value = value;
       option.defaultSelected = value === selected;
       select.append(option);
@@ -39,6 +42,8 @@
   fill(form.elements.right, exits, data.compare[1]);
   fill(form.elements.label, unique(answers.map((answer) => answer.label)).sort());
   fill(form.elements.kind, unique(data.samples.map((sample) => sample.kind)).sort());
+
+  form.elements.split.parentNode.hidden = !answers.some((answer) => answer.split);
 
   function chip(kind, label) {
     const bad = (BAD[kind] || []).includes(label);
@@ -61,7 +66,7 @@
   }
 
   function answerBlock(sample, answer, exit) {
-    const head = make("div", "answer-head", make("span", "at", `exit ${exit}`));
+    const head = make("div", "answer-head", make("span", "at", `exit ${called(exit)}`));
     if (exit === data.default) head.firstChild.append(" ◆", make("span", "word", " default"));
     const block = make("div", "answer", head);
     if (!answer) {
@@ -70,7 +75,7 @@
     }
     const button = make("button", "reveal");
     const id = `answer-${(serial += 1)}`;
-    const label = (open) => button.replaceChildren(open ? "Hide answer" : "Show answer", make("span", "unseen", ` of exit ${exit} to: ${sample.prompt.slice(0, 80)}`));
+    const label = (open) => button.replaceChildren(open ? "Hide answer" : "Show answer", make("span", "unseen", ` of exit ${called(exit)} to: ${sample.prompt.slice(0, 80)}`));
     button.type = "button";
     button.setAttribute("aria-expanded", "false");
     button.setAttribute("aria-controls", id);
@@ -83,7 +88,10 @@
       label(open);
       place.replaceChildren(...(open ? [body(answer)] : []));
     });
-    head.append(chip(sample.kind, answer.label), button);
+    head.append(chip(sample.kind, answer.label));
+    if (answer.split) head.append(make("span", "chip undecided", "judges differ"));
+    if (answer.others.length) head.append(make("span", "meta", answer.others.join(", ")));
+    head.append(button);
     block.append(place);
     return block;
   }
@@ -114,13 +122,14 @@
     const two = value("view") === "two";
     const needle = value("search").toLowerCase();
     const wanted = (answer) => !value("label") || (answer && answer.label === value("label"));
+    const parted = (answer) => !form.elements.split.checked || (answer && answer.split);
     const rows = [];
     for (const sample of data.samples) {
       if (value("kind") && sample.kind !== value("kind")) continue;
       if (!sample.prompt.toLowerCase().includes(needle)) continue;
       const pairs = sample.answers.map((answer) => [answer.exit, answer]);
       if (!two) {
-        const kept = pairs.filter(([exit, answer]) => (!value("exit") || exit === Number(value("exit"))) && wanted(answer));
+        const kept = pairs.filter(([exit, answer]) => (!value("exit") || exit === Number(value("exit"))) && wanted(answer) && parted(answer));
         if (kept.length) rows.push([sample, kept, false]);
         continue;
       }
@@ -129,6 +138,7 @@
       const [left, right] = sides.map(([, answer]) => answer);
       if (!left && !right) continue;
       if (form.elements.differ.checked && left && right && left.label === right.label) continue;
+      if (!parted(left) && !parted(right)) continue;
       if (wanted(left) || wanted(right)) rows.push([sample, sides, true]);
     }
     return rows;

@@ -1,0 +1,51 @@
+"""How a token is chosen, and what becomes of the chosen ones. Batching cannot change what is drawn."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from ..records import Completion
+from ..vlm import Vlm
+from .plan import Decoding, Request, Row
+
+
+def choose(logits: torch.Tensor, decoding: Decoding, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Next tokens (B,) from logits (B, V).
+
+    Args:
+        generators: one a row; unused where decoding is greedy.
+    """
+    if not decoding.temperature:
+        return logits.argmax(dim=-1)
+    probs = torch.softmax(logits / decoding.temperature, dim=-1)
+    order = None
+    if decoding.top_p < 1:  # sorting a vocabulary takes longer than a small model's whole step
+        probs, order = probs.sort(dim=-1, descending=True)
+        below = probs.cumsum(dim=-1)
+        probs = probs.masked_fill(below - probs >= decoding.top_p, 0.0)  # the smallest set that reaches top_p
+    draws = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+    cumulative = probs.double().cumsum(dim=-1)
+    target = draws.to(logits.device)[:, None] * cumulative[:, -1:]
+    places = torch.searchsorted(cumulative, target, right=True).clamp(max=probs.shape[1] - 1)
+    return (places if order is None else order.gather(1, places))[:, 0]
+
+
+def generator_of(request: Request, seed: int) -> torch.Generator:
+    """A generator that depends on the request and the seed only, so that batching cannot change what is drawn."""
+    digest = hashlib.sha256(f"{seed}\0{request.sample.id}\0{request.exit}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def stop_ids(vlm: Vlm) -> set[int]:
+    """Ids that end an answer."""
+    ids = vlm.model.generation_config.eos_token_id
+    ids = vlm.tokenizer.eos_token_id if ids is None else ids
+    return set(ids) if isinstance(ids, list) else {ids}
+
+
+def completion(vlm: Vlm, row: Row, ids: list[int], stop: set[int]) -> Completion:
+    """The record of a row's answer."""
+    text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    finish = "stop" if ids and ids[-1] in stop else "length"
+    return Completion(row.request.sample.id, row.request.exit, text, tuple(ids), finish)  # type: ignore[arg-type]
