@@ -1,7 +1,7 @@
-"""A LLaVA-1.5 in miniature for other runtimes: random weights, a CLIP tower, SmolLM2's tokenizer. Runs in exitwise's
-environment.
+"""A LLaVA-1.5 in miniature for other runtimes: random weights, a CLIP or SigLIP tower, SmolLM2's tokenizer. Runs in
+exitwise's environment.
 
-    python recipes/tiny_llava.py /tmp/tiny-llava
+    python recipes/tiny_llava.py /tmp/tiny-llava [clip | siglip]
 
 Head sizes are ones that vLLM knows (32), the vocabulary is one whose tokenizer llama.cpp's converter knows, and the
 weights are larger than usual, so that answers depend on the image and on the exit.
@@ -18,6 +18,7 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    SiglipVisionConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -26,14 +27,17 @@ from exitwise.testbed.parts import CHAT_TEMPLATE, base_folder
 SIDE, PATCH, BLOCKS = 56, 14, 6  # 16 image tokens
 
 
-def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def tiny_llava(tower: str = "clip", seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Default exit 5 of 6."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base_folder(print))
-    vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=BLOCKS, num_attention_heads=2, image_size=SIDE,
-        patch_size=PATCH, projection_dim=64,
-    )  # fmt: skip
+    clip = tower == "clip"
+    shape = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": BLOCKS, "num_attention_heads": 2,
+        "image_size": SIDE, "patch_size": PATCH,
+    }  # fmt: skip
+    vision = CLIPVisionConfig(projection_dim=64, **shape) if clip else SiglipVisionConfig(**shape)
+    select = "default" if clip else "full"  # SigLIP has no CLS token to leave out
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=1024, tie_word_embeddings=False,
@@ -45,7 +49,7 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
         vision_config=vision,
         image_token_index=image_token,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=select,
         image_seq_length=(SIDE // PATCH) ** 2,
     )
     config.image_token_id = image_token
@@ -59,8 +63,8 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
         tokenizer=tokenizer,
         patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=select,
+        num_additional_image_tokens=int(clip),
         chat_template=CHAT_TEMPLATE,
     )
     return model, processor
@@ -68,7 +72,7 @@ def tiny_llava(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProce
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])
-    model, processor = tiny_llava()
+    model, processor = tiny_llava(*sys.argv[2:])
     model.save_pretrained(out)
     processor.save_pretrained(out)
     print(f"model: {out}")

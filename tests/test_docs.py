@@ -118,6 +118,7 @@ def test_command(command, desk):
             "calibrate": "*.json",
             "compare": "compare.html",
             "reward": "head.safetensors",
+            "slim": "exitwise.json",
         }
         assert list(Path("runs").rglob(wanted.get(words[1], "report.html")))
 
@@ -135,7 +136,7 @@ def test_links_lead_somewhere(page):
 
 def test_every_command_line_word_is_documented():
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    names = ("audit", "demo", "judge", "score", "report", "calibrate", "table", "compare", "align")
+    names = ("audit", "demo", "judge", "score", "report", "calibrate", "table", "compare", "align", "slim", "inspect")
     for command in (*names, "reward train", "reward eval"):
         assert f"exitwise {command}" in text
 

@@ -187,7 +187,7 @@ def test_what_is_neither(home, tmp_path):
     with pytest.raises(UserError, match="'llama' model without an image encoder"):
         inspect_checkpoint(tmp_path / "empty")
     (tmp_path / "empty/config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot read config.json"):
+    with pytest.raises(UserError, match=r"cannot read config\.json"):
         inspect_checkpoint(tmp_path / "empty")
 
 

@@ -1,8 +1,8 @@
-"""The mmproj file of a LLaVA checkpoint with a CLIP tower, for llama.cpp, with the exit carried over.
+"""The mmproj file of a LLaVA checkpoint with a CLIP or SigLIP tower, for llama.cpp, with the exit carried over.
 
     python recipes/llama-cpp/mmproj.py FOLDER OUT.gguf
 
-llama.cpp's own `convert_hf_to_gguf.py --mmproj` takes no CLIP tower in LLaVA, and its legacy script rounds the projector
+llama.cpp's own `convert_hf_to_gguf.py --mmproj` takes neither tower in LLaVA, and its legacy script rounds the projector
 to float16. This one writes float32, only the blocks that run, and `clip.vision.feature_layer` beside
 `clip.vision.block_count`: without the list llama.cpp stops one block early. The language model goes the official way.
 """
@@ -49,7 +49,7 @@ def convert(folder: Path, out: Path, with_feature_layer: bool = True) -> int:
     writer.add_bool("clip.has_text_encoder", False)
     writer.add_bool("clip.has_vision_encoder", True)
     writer.add_bool("clip.has_llava_projector", True)
-    writer.add_bool("clip.use_gelu", vision["hidden_act"] == "gelu")  # else the quick one
+    writer.add_bool("clip.use_gelu", vision["hidden_act"].startswith("gelu"))  # else the quick one
     writer.add_file_type(0)
     writer.add_string("clip.projector_type", "mlp")
     for key, value in (
@@ -57,7 +57,7 @@ def convert(folder: Path, out: Path, with_feature_layer: bool = True) -> int:
         ("patch_size", vision["patch_size"]),
         ("embedding_length", vision["hidden_size"]),
         ("feed_forward_length", vision["intermediate_size"]),
-        ("projection_dim", vision["projection_dim"]),
+        ("projection_dim", vision.get("projection_dim", 0)),
         ("attention.head_count", vision["num_attention_heads"]),
         ("block_count", exit),
     ):
@@ -72,7 +72,12 @@ def convert(folder: Path, out: Path, with_feature_layer: bool = True) -> int:
     for name, value in tensors.items():
         short = gguf_name(name)
         block = re.match(r"v\.blk\.(\d+)\.", short)
-        if not short.startswith(("v.", "mm.")) or "post_layernorm" in short or (block and int(block[1]) >= exit):
+        if (
+            not short.startswith(("v.", "mm."))
+            or "post_layernorm" in short
+            or short.startswith("v.head")
+            or (block and int(block[1]) >= exit)
+        ):
             continue
         writer.add_tensor(short, np.ascontiguousarray(value, dtype=np.float32))
     writer.write_header_to_file()

@@ -337,7 +337,7 @@ class Slim:
         saves = runs.read_json(folder / "exitwise.json", "saves")["saves"]
         print(
             f"{saves['blocks_cut']} blocks cut: {saves['parameters']:,} parameters, {saves['bytes']:,} bytes and "
-            f"{saves['flops_per_image']:.3g} FLOPs per image less"
+            f"{saves['flops']:.3g} FLOPs per request less"
         )
         print(f"slim model: {folder}")
 

@@ -12,6 +12,7 @@ from .errors import UserError
 from .judges import parse_judges
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+SAVED_DTYPES = DTYPES[:4]
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class SlimConfig:
     """What a slim checkpoint is made from."""
 
     model: Positional[str]
-    """testbed, testbed-control, a folder or a hub id of a LLaVA-1.5-style checkpoint."""
+    """testbed, testbed-control, a folder or a hub id of a model of a supported family."""
     exit: int
     """The exit to cut at: the number of encoder blocks that stay."""
     adapter: str | None = None
@@ -220,5 +221,5 @@ class SlimConfig:
         """Raises UserError for a value out of range; whether the exit is there shows when the model is loaded."""
         if self.exit < 0:
             raise UserError(f"--exit got {self.exit}; expected the number of encoder blocks that stay, 1 or more")
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(DTYPES)}")
+        if self.dtype not in SAVED_DTYPES:
+            raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(SAVED_DTYPES)}")

@@ -99,6 +99,10 @@ def cut_by_depth(config: Any, exit: int) -> Any:
     config = copy.deepcopy(config)
     vision = config.vision_config
     setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", exit)
+    if hasattr(vision, "stage_names"):  # DINOv2 counts its blocks there again, and a config that disagrees is not read
+        again = {"stage_names", "out_features", "out_indices"}
+        plain = {key: value for key, value in vision.to_dict().items() if key not in again}
+        vision = config.vision_config = type(vision).from_dict(plain)
     if getattr(vision, "layer_types", None):
         vision.layer_types = vision.layer_types[:exit]
     return config

@@ -157,7 +157,8 @@ def _inspect_gguf(path: Path) -> Inspection:
     fields, names = _read_gguf(path)
     if fields.get("general.architecture") != "clip":
         raise UserError(
-            f"{path} holds a {fields.get('general.architecture')!r} model without an image encoder; give its mmproj file"
+            f"{path} holds a {fields.get('general.architecture')!r} model without an image encoder; "
+            "give its mmproj file"
         )
     if not fields.get("clip.has_vision_encoder", True):
         raise UserError(
@@ -184,12 +185,12 @@ def _inspect_gguf(path: Path) -> Inspection:
         )
     if in_graph and any(name.startswith("v.post_ln.") for name in names):
         found.warnings.append(
-            "the file has v.post_ln, which llama.cpp applies and LLaVA does not: the features are others than in training"
+            "the file has v.post_ln, which llama.cpp applies and LLaVA does not: features are others than in training"
         )
     if in_graph and "v.class_embd" in names:
         found.warnings.append(
-            "the tower has a CLS token: llama.cpp puts it last where the model was trained with it first, so positions are "
-            "off by one and the first patch gives way to CLS (docs/inspect.md); features differ from transformers' at "
+            "the tower has a CLS token: llama.cpp puts it last where the model was trained with it first, so positions "
+            "are off by one and the first patch gives way to CLS (docs/inspect.md); features differ from transformers' at "
             "every exit"
         )
     _check_blocks(found, blocks)
@@ -278,7 +279,8 @@ def _read_note(path: Path, found: Inspection) -> None:
         found.notes.append("exitwise.json is there but cannot be read")
         return
     found.trained_at, found.source_blocks = made_for, blocks
-    said = f"cut by {note.get('made_by')} from {note.get('source')}, whose default exit is {note.get('source_default_exit')}"
+    default = note.get("source_default_exit")
+    said = f"cut by {note.get('made_by')} from {note.get('source')}, whose default exit is {default}"
     found.notes.append(said + (f"; adapter {note['adapter']} merged" if note.get("adapter") else ""))
     _compare(found)
 

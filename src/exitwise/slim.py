@@ -1,14 +1,13 @@
 """A checkpoint whose image encoder ends at an exit: fewer blocks, a config that says so, the adapter merged in.
 
 What is written is an ordinary Hugging Face folder: any runtime that knows the family runs it and stops where the exit
-is, without knowing what an exit is. `truncated_config` is the one place that knows how a family says how many blocks it
-has; LLaVA says it with `vision_config.num_hidden_layers`, and with `vision_feature_layer = -1` that the last one counts.
+is, without knowing what an exit is. How a family's config says how many blocks there are stands in families.py: LLaVA
+has `vision_config.num_hidden_layers`, and `vision_feature_layer = -1` for the last one's state.
 
 The folder is made beside its final name and renamed when it is whole, so a full disk or a kill leaves nothing under
 that name. With `check` it is first loaded from there by transformers alone and held to the full model at the exit.
 """
 
-import copy
 import errno
 import json
 import shutil
@@ -20,17 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from . import runs
 from .audit import Progress, Silent, fingerprint
 from .config import SlimConfig
+from .costs import exit_costs
 from .data.images import load_image
 from .errors import UserError
-from .exits import encode, exit_at
+from .exits import exit_at
+from .families import truncated_config
 from .quiet import quiet
 from .slim_card import audit_figures, card
 from .vlm import TESTBED_NOTICE, TESTBEDS, Vlm
@@ -41,16 +40,8 @@ TOLERANCE = 1e-4
 """Most that a logit may differ, relative to the largest: float32 rounding is a hundred times below it."""
 
 LEGACY_TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Towers whose weights the published checkpoints name `vision_tower.vision_model.*`; vLLM and llama.cpp's converters look
-for that name, transformers reads it and the shorter one alike."""
-
-
-class BlockCost(NamedTuple):
-    """One block of the encoder: parameters, floating-point operations for one image, bytes in the file."""
-
-    parameters: int
-    flops: int
-    bytes: int
+"""Towers whose weights published checkpoints name `vision_tower.vision_model.*`: vLLM looks for that name only,
+transformers reads the shorter one too."""
 
 
 class Answers(NamedTuple):
@@ -103,69 +94,35 @@ def slim(config: SlimConfig, out: Path, progress: Progress | None = None) -> Pat
         save(vlm, config.exit, scratch)
         if wanted is not None:
             progress.say("loading the slim model with transformers to compare")
-            note["check"] = compare(wanted, answers(*_reload(scratch, vlm.device)))
+            note["check"] = compare(wanted, answers(*_reload(scratch, vlm.device, config.exit)))
         runs.write_json(scratch / "exitwise.json", note)
         (scratch / "README.md").write_text(card(note, vlm), encoding="utf-8")
     return out
 
 
-def truncated_config(config: Any, exit: int) -> Any:
-    """A copy of a family's config that builds an encoder of `exit` blocks and takes what the last of them gives.
-
-    Raises:
-        UserError: no way is known for this family.
-    """
-    if config.model_type not in TRUNCATED:
-        raise UserError(f"a {config.model_type!r} model cannot be cut yet; can be: {', '.join(sorted(TRUNCATED))}")
-    return TRUNCATED[config.model_type](copy.deepcopy(config), exit)
-
-
-def _truncated_llava(config: Any, exit: int) -> Any:
-    vision = config.vision_config.to_dict()
-    for key in ("stage_names", "out_features", "out_indices"):  # DINOv2 counts its blocks there a second time
-        vision.pop(key, None)
-    config.vision_config = type(config.vision_config).from_dict(vision | {"num_hidden_layers": exit})
-    config.vision_feature_layer = -1
-    return config
-
-
-TRUNCATED = {"llava": _truncated_llava}
-
-
-@contextmanager
-def truncated(vlm: Vlm, exit: int) -> Iterator[Any]:
-    """Within it `vlm.model` really has only the first `exit` blocks and the config to go with them; weights are shared.
+def truncated(vlm: Vlm, exit: int) -> Any:
+    """The model whose encoder really has `exit` blocks, to be saved: weights are shared, no buffer is filled.
 
     Raises:
         UserError: see `check_exit`.
     """
     check_exit(vlm, exit)
-    model, before = vlm.model, vlm.model.config
-    parent, name = next(
-        (module, name) for module in model.modules() for name, child in module.named_children() if child is vlm.blocks
-    )
-    shorter = truncated_config(before, exit)
-    swaps = ((before, shorter), (before.vision_config, shorter.vision_config))
-    told = [(m, old, new) for m in model.modules() for old, new in swaps if getattr(m, "config", None) is old]
-    setattr(parent, name, nn.ModuleList(list(vlm.blocks)[:exit]))
-    for module, _, new in told:
-        module.config = new
-    try:
-        yield model
-    finally:
-        setattr(parent, name, vlm.blocks)
-        for module, old, _ in told:
-            module.config = old
+    with torch.device("meta"):
+        shorter = type(vlm.model)(truncated_config(vlm.model.config, exit))
+    weights = vlm.model.state_dict()
+    shorter.load_state_dict({name: weights[name] for name in shorter.state_dict()}, assign=True)
+    shorter.tie_weights()
+    return shorter
 
 
 def check_exit(vlm: Vlm, exit: int) -> None:
-    """Raises UserError for an exit outside 1 .. L."""
-    if exit == 0:
+    """Raises UserError for an exit outside 0 .. L, and for one that the family's config cannot say."""
+    if 0 <= exit <= vlm.n_blocks and truncated_config(vlm.model.config, exit) is None:
         raise UserError(
-            f"exit 0 of {vlm.name} cannot be had by cutting: a {vlm.model.config.model_type} encoder without blocks "
-            f"gives no features; expected 1 to {vlm.n_blocks} (`exit_at` runs exit 0 on the full model)"
+            f"exit {exit} of {vlm.name} cannot be had by cutting: transformers has no {vlm.model.config.model_type} "
+            f"encoder of {exit} blocks that gives features; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the full model)"
         )
-    if not 1 <= exit <= vlm.n_blocks:
+    if not 0 <= exit <= vlm.n_blocks:
         raise UserError(
             f"exit {exit} is not there: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} (default {vlm.default_exit})"
         )
@@ -182,22 +139,20 @@ def check_free(out: Path) -> None:
 def save(vlm: Vlm, exit: int, folder: Path) -> None:
     """Writes weights, config, generation config, processor and tokenizer of the model cut at `exit` into `folder`.
 
-    The generation config is written as it is, also one that transformers reads but refuses to save; the tokenizer is
-    told to pad on the left, which it forgets otherwise.
+    The tokenizer is told to pad on the left, which it forgets otherwise.
     """
-    from transformers import GenerationConfig
-
-    generation = vlm.model.generation_config
-    with quiet(), truncated(vlm, exit) as model:
-        model.generation_config = GenerationConfig()
-        try:
-            model.save_pretrained(folder)
-        finally:
-            model.generation_config = generation
-        generation.to_json_file(folder / "generation_config.json", use_diff=True)
+    save_model(vlm, exit, folder)
+    with quiet():
         vlm.processor.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     runs.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"padding_side": "left"})
+
+
+def save_model(vlm: Vlm, exit: int, folder: Path) -> None:
+    """Weights, config and generation config; the last as it is, also one that transformers reads but will not save."""
+    with quiet():
+        truncated(vlm, exit).save_pretrained(folder)
+        vlm.model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
     if vlm.model.config.vision_config.model_type in LEGACY_TOWERS:
         _published_names(folder)
 
@@ -222,36 +177,16 @@ def _published_names(folder: Path) -> None:
         runs.write_json(index, told)
 
 
-def block_cost(vlm: Vlm) -> BlockCost:
-    """Of the encoder's first block (all are alike), for one image of the processor's size.
-
-    FLOPs count two per weight of a matrix and token, and 4 S^2 D for the two products of attention over S tokens of
-    width D; norms, biases and softmax are left out.
-    """
-    state = encode(vlm, vlm.pixels([Image.new("RGB", (64, 64))]))[0]
-    n_tokens, width = state.shape[-2:]
-    weights = list(vlm.blocks[0].parameters())
-    products = 2 * n_tokens * sum(w.numel() for w in weights if w.dim() == 2)
-    return BlockCost(
-        parameters=sum(w.numel() for w in weights),
-        flops=products + 4 * n_tokens**2 * width,
-        bytes=sum(w.numel() * w.element_size() for w in weights),
-    )
-
-
 def savings(vlm: Vlm, exit: int) -> dict[str, Any]:
-    """What the cut takes away, and out of how much."""
-    one, cut = block_cost(vlm), vlm.n_blocks - exit
-    parameters = list(vlm.model.parameters())
-    return {
-        "blocks_cut": cut,
-        "parameters": cut * one.parameters,
-        "flops_per_image": cut * one.flops,
-        "bytes": cut * one.bytes,
-        "model_parameters": sum(p.numel() for p in parameters),
-        "model_bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "encoder_flops_per_image": vlm.n_blocks * one.flops,
-    }
+    """What the cut takes away, and out of how much: parameters, bytes, FLOPs of one request (costs.py)."""
+    rows = exit_costs(vlm, [exit, vlm.n_blocks], repetitions=0)["exits"]
+    cut, whole = (next(row for row in rows if row["exit"] == e) for e in (exit, vlm.n_blocks))
+    found: dict[str, Any] = {"blocks_cut": vlm.n_blocks - exit}
+    for key in ("parameters", "bytes", "flops"):
+        found[key] = int(whole[key]["total"] - cut[key]["total"])
+        found[f"whole_{key}"] = int(whole[key]["total"])
+    found["encoder_flops"] = int(whole["flops"]["encoder"])
+    return found
 
 
 @torch.inference_mode()
@@ -264,7 +199,10 @@ def answers(model: Any, processor: Any, chat: Any) -> Answers:
     logits, tokens = [], []
     for photo, question in CHECKS:
         image = load_image(f"photo:{photo}", None)
-        inputs = processor(images=image, text=chat(question), return_tensors="pt").to(model.device)
+        text, bos = chat(question), processor.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special)
+        inputs = inputs.to(model.device)
         logits.append(model(**inputs).logits[0].float().cpu())
         said = model.generate(**inputs, max_new_tokens=CHECK_TOKENS, do_sample=False)
         tokens.append(said[0, inputs["input_ids"].shape[1] :].tolist())
@@ -301,7 +239,7 @@ def _reference(vlm: Vlm, exit: int, dtype: torch.dtype) -> Answers:
         _cast(vlm.model, dtype)
 
 
-def _reload(folder: Path, device: torch.device) -> tuple[Any, Any, Any]:
+def _reload(folder: Path, device: torch.device, exit: int) -> tuple[Any, Any, Any]:
     """(model, processor, chat) of a folder, as a user of transformers has them."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -313,7 +251,13 @@ def _reload(folder: Path, device: torch.device) -> tuple[Any, Any, Any]:
         processor = AutoProcessor.from_pretrained(folder)
     if processor.tokenizer.padding_side != "left":
         raise UserError("the saved tokenizer pads on the right; nothing is kept, please report it")
-    return model, processor, describe(str(folder), model, processor).chat
+    again = describe(str(folder), model, processor)
+    if (again.n_blocks, again.default_exit) != (exit, exit):
+        raise UserError(
+            f"the saved model has {again.n_blocks} blocks and exit {again.default_exit}, not {exit}; nothing is kept, "
+            "please report it"
+        )
+    return model, processor, again.chat
 
 
 def _dtype(config: SlimConfig) -> torch.dtype:

@@ -10,14 +10,14 @@ from typing import Any
 
 from . import runs
 from .errors import UserError
-from .vlm import Vlm
 from .markup import Table, markdown
+from .vlm import Vlm
 
 METRICS = {"asr": "ASR", "utility": "utility", "over_refusal": "over-refusal", "coherence": "coherent"}
 
-WARNING = """> **Content warning.** A vision-language model whose image encoder stops early may answer harmful requests that the
-> full model refuses (Bachu et al., ICML 2025). Use this checkpoint only where an audit of this very exit says that it
-> may be used, and keep the safeguards that you would keep around the full model."""
+WARNING = """> **Content warning.** A vision-language model whose image encoder stops early may answer harmful requests
+> that the full model refuses (Bachu et al., ICML 2025). Use this checkpoint only where an audit of this very exit says
+> that it may be used, and keep the safeguards that you would keep around the full model."""
 
 NO_AUDIT = "No audit was given. Nothing is known here about the safety or the usefulness of this model at this exit."
 
@@ -103,24 +103,20 @@ def _cut_table(note: dict[str, Any]) -> str:
         ["source", note["source"]],
         ["adapter", note["adapter"] or "none"],
         ["blocks cut", f"{saves['blocks_cut']} of {note['source_blocks']} (blocks {note['exit']} and later, from 0)"],
-        ["parameters saved", _with_share(saves["parameters"], share(saves["parameters"], saves["model_parameters"]))],
-        ["bytes saved", _with_share(saves["bytes"], share(saves["bytes"], saves["model_bytes"]))],
+        ["parameters saved", f"{saves['parameters']:,} ({share(saves['parameters'], saves['whole_parameters'])})"],
+        ["bytes saved", f"{saves['bytes']:,} ({share(saves['bytes'], saves['whole_bytes'])})"],
         [
-            "FLOPs saved per image",
-            f"{saves['flops_per_image']:.3g} "
-            f"({share(saves['flops_per_image'], saves['encoder_flops_per_image'])} of the encoder's blocks)",
+            "FLOPs saved per request",
+            f"{saves['flops']:.3g} ({share(saves['flops'], saves['encoder_flops'])} of the encoder, "
+            f"{share(saves['flops'], saves['whole_flops'])} of the way to the first token)",
         ],
         ["weights saved in", note["dtype"]],
     ]
     said = (
-        "Shares are of the whole source model. FLOPs are counted, not measured: two per weight and token, and attention. "
-        "A runtime that already stopped at the source's default exit saves less."
+        "Shares are of the whole source model with all its blocks; one that already stops at its default exit saves "
+        "less. FLOPs are counted, not measured."
     )
     return markdown(Table("The cut", ["what", "how much"], rows, said))
-
-
-def _with_share(number: int, share: str) -> str:
-    return f"{number:,} ({share})"
 
 
 def _audit_table(audit: dict[str, Any], exit: int) -> str:
@@ -147,6 +143,6 @@ def _checked(check: dict[str, Any] | None) -> str:
         return "Not compared with the full model when it was made (`exitwise slim --check` does)."
     return (
         f"Loaded with transformers and compared with the full model at this exit, in float32: over "
-        f"{check['questions']} questions the largest difference of a logit is {check['largest_difference']:.2g} (largest "
-        f"logit {check['largest_logit']:.3g}), and all {check['tokens']} greedy tokens are the same."
+        f"{check['questions']} questions the largest difference of a logit is {check['largest_difference']:.2g} "
+        f"(largest logit {check['largest_logit']:.3g}), and all {check['tokens']} greedy tokens are the same."
     )
