@@ -2,8 +2,8 @@
 
     python recipes/llama-cpp/mmproj.py FOLDER OUT.gguf
 
-llama.cpp's own `convert_hf_to_gguf.py --mmproj` takes neither tower in LLaVA, and its legacy script rounds the projector
-to float16. This one writes float32, only the blocks that run, and `clip.vision.feature_layer` beside
+llama.cpp's own `convert_hf_to_gguf.py --mmproj` takes neither tower in LLaVA, and its legacy script rounds the
+projector to float16. This one writes float32, only the blocks that run, and `clip.vision.feature_layer` beside
 `clip.vision.block_count`: without the list llama.cpp stops one block early. The language model goes the official way.
 """
 

@@ -2,8 +2,8 @@
 
     python recipes/llama-cpp/parity.py SLIM_FOLDER TEXT.gguf [--tokens 16] [--out result.json]
 
-TEXT.gguf is the language model, from llama.cpp's own converter (README.md beside this file). All in float32, on pictures
-of the tower's size, so that nothing is resized. Compared are image features and greedy tokens:
+TEXT.gguf is the language model, from llama.cpp's own converter (README.md beside this file). All in float32, on
+pictures of the tower's size, so that nothing is resized. Compared are image features and greedy tokens:
 
 - `features_apart`: llama.cpp against transformers;
 - `features_apart_from_its_order`: llama.cpp against the same blocks run in torch with the order of tokens that

@@ -6,8 +6,8 @@ What the runtimes do, read in their source:
 
 - transformers builds `vision_config.num_hidden_layers` blocks and takes `hidden_states[vision_feature_layer]` where the
   family has that key. Blocks in the file beyond that number are ignored; blocks that the file lacks stay random.
-- vLLM 0.32 (`model_executor/models/llava.py`, `_get_num_hidden_layers`) builds only the blocks up to that layer, for CLIP,
-  SigLIP and Pixtral towers.
+- vLLM 0.32 (`model_executor/models/llava.py`, `_get_num_hidden_layers`) builds only the blocks up to that layer, for
+  CLIP, SigLIP and Pixtral towers.
 - llama.cpp runs LLaVA-type projectors through `tools/mtmd/models/llava.cpp`: the deepest of `clip.vision.feature_layer`
   where the file has that list, and `clip.vision.block_count - 1` otherwise. Files without the list come from converters
   that had left the last block out already (`tools/mtmd/legacy-models/convert_image_encoder_to_gguf.py`), so one more is
@@ -190,8 +190,8 @@ def _inspect_gguf(path: Path) -> Inspection:
     if in_graph and "v.class_embd" in names:
         found.warnings.append(
             "the tower has a CLS token: llama.cpp puts it last where the model was trained with it first, so positions "
-            "are off by one and the first patch gives way to CLS (docs/inspect.md); features differ from transformers' at "
-            "every exit"
+            "are off by one and the first patch gives way to CLS (docs/inspect.md); features differ from "
+            "transformers' at every exit"
         )
     _check_blocks(found, blocks)
     made_for = fields.get("exitwise.exit")

@@ -120,7 +120,8 @@ def check_exit(vlm: Vlm, exit: int) -> None:
     if 0 <= exit <= vlm.n_blocks and truncated_config(vlm.model.config, exit) is None:
         raise UserError(
             f"exit {exit} of {vlm.name} cannot be had by cutting: transformers has no {vlm.model.config.model_type} "
-            f"encoder of {exit} blocks that gives features; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the full model)"
+            f"encoder of {exit} blocks that gives features; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the "
+            "full model)"
         )
     if not 0 <= exit <= vlm.n_blocks:
         raise UserError(
