@@ -293,7 +293,7 @@ def gemma4() -> Vlm:
         chat_template=template("<|image|>"),
     )  # fmt: skip
     vision = hf.Gemma4VisionConfig(
-        **VISION, num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=64
+        **VISION, num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=1024
     )
     language = text(
         hf.Gemma4TextConfig, len(words), head_dim=8, global_head_dim=8, sliding_window=12,
