@@ -123,6 +123,7 @@ def _inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
     text, bos = vlm.chat(prompt), vlm.tokenizer.bos_token
     special = not (bos and text.startswith(bos))
     made = vlm.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special)
+    made.pop("labels", None)  # PaliGemma's processor gives some, and the model would compute a loss
     return made.to(vlm.device, vlm.model.dtype)
 
 
