@@ -121,7 +121,33 @@ def write_run(folder: Path, n: int = 12, filler: str = "") -> Path:
     phases = {"load": 2.1, "encode": 14.92, "generate": 611.4, "judge": 3.3}
     speeds = {str(exit): 41.5 + exit for exit in range(N_BLOCKS + 1)}
     (folder / "timing.json").write_text(json.dumps({"phases": phases, "tokens_per_second": speeds}))
+    (folder / "costs.json").write_text(json.dumps(costs()))
     return folder
+
+
+def costs() -> dict[str, Any]:
+    """Of an encoder that is a tenth of the request; a block takes 0.5 ms."""
+    rows = []
+    for exit in range(N_BLOCKS + 1):
+        sizes = {"encoder": 250_000 + 1_775_000 * exit, "projector": 554_880, "language_model": 134_515_584}
+        flops = {"encoder": 40_000_000 + 130_000_000 * exit, "projector": 39_813_120, "prefill": 11_500_000_000}
+        seconds = {"encoder": 0.0004 + 0.0005 * exit, "projector": 0.0003, "prefill": 0.061}
+        sizes, flops, seconds = (part | {"total": sum(part.values())} for part in (sizes, flops, seconds))
+        quartiles = {part: {"low": 0.95 * s, "median": s, "high": 1.1 * s} for part, s in seconds.items()}
+        row = {"exit": exit, "parameters": sizes, "bytes": {part: 4 * n for part, n in sizes.items()}}
+        rows.append(row | {"flops": flops, "seconds": quartiles})
+    about = {"model": "testbed", "default_exit": DEFAULT, "n_blocks": N_BLOCKS, "device": "cpu", "dtype": "float32"}
+    request = {"tokens": 53, "image_tokens": 36}
+    return about | {"threads": 2, "repetitions": 9, "request": request, "exits": rows}
+
+
+def add_judge(folder: Path, differs: set[tuple[str, int]]) -> None:
+    """Verdicts of a judge "guard" that is of the matcher's opinion but on these (sample, exit)."""
+    rows = [json.loads(line) for line in (folder / "verdicts.refusal.jsonl").read_text().splitlines()]
+    for row in rows:
+        unsafe = (row["label"] == "answered") != ((row["sample"], row["exit"]) in differs)
+        row |= {"judge": "guard", "label": "unsafe" if unsafe else "safe"}
+    (folder / "verdicts.guard.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def config() -> dict[str, Any]:

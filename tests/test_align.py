@@ -20,13 +20,16 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from exitwise import UserError, batches, load_vlm, signatures
-from exitwise.align import align
+from exitwise.align import align, shape_scores
+from exitwise.align_config import AlignConfig
 from exitwise.cli import entry
 from exitwise.data.images import load_image
+from exitwise.engines import hf
 from exitwise.exits import exit_at, exit_features
 from exitwise.features import FeatureFiles
 from exitwise.policy import drop_encoder
-from exitwise.records import Sample
+from exitwise.records import Completion, Sample
+from exitwise.rollout import Answers, Rollout
 from tests.align_setup import HARMFUL, VowelReward, config_of, write_material
 from tests.conftest import ROOT, tiny_llava
 
@@ -166,6 +169,22 @@ def whole(tiny_folder, material, tmp_path_factory):
         patch.setattr("exitwise.align.load_scores", lambda spec, policy: reward)
         align(config_of(tiny_folder, material, **EVERYTHING), out)
     return out, reward.calls
+
+
+def test_scores_are_shaped_row_by_row():
+    """Worked by hand: a refused harmless request at its cost, then the clip, then the penalty for no end."""
+    asked = [("harmful", "refused"), ("benign", "refused"), ("benign", "answered"), ("benign", "incoherent")]
+    rows = [hf.Row(hf.Request(Sample(str(i), "x", kind, ""), 1), (), ()) for i, (kind, _) in enumerate(asked)]
+    done = [Completion(str(i), 1, "x", (5,), finish) for i, finish in enumerate(("stop", "length", "stop", "length"))]
+    rollout = Rollout(
+        Answers(rows, torch.zeros(4, 1), torch.ones(4, 1)), done, [label for _, label in asked],
+        None, torch.zeros(4, 1), torch.tensor([5.0, -1.0, 1.0, -1.0]),
+    )  # fmt: skip
+    shaped = lambda **options: shape_scores(AlignConfig("testbed", **options), rollout).tolist()
+    assert shaped() == [5, -3, 1, -1]
+    assert shaped(refusal_cost=1) == [5, -1, 1, -1]
+    assert shaped(refusal_cost=4, reward_clip=2) == [2, -2, 1, -1]
+    assert shaped(refusal_cost=4, missing_eos_penalty=0.5) == [5, -4.5, 1, -1.5]
 
 
 def test_a_run_holds_what_it_should(whole):

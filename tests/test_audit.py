@@ -84,6 +84,28 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(finished, tiny_fold
         assert contents(out) == contents(finished), f"kill {case}"
 
 
+def test_costs_are_measured_once_and_kept(finished, tiny_folder, tmp_path, monkeypatch):
+    import shutil
+
+    costs = json.loads((finished / "costs.json").read_text())
+    assert [row["exit"] for row in costs["exits"]] == [0, 1, 2, 3, 4]
+    assert costs["request"]["image_tokens"] == 16
+    shutil.copytree(finished, tmp_path / "x")
+    lines = (finished / "completions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x/completions.jsonl").write_bytes(b"".join(lines[:9]))
+    audit(config_of(tiny_folder), tmp_path / "x")
+    entry(["judge", str(tmp_path / "x")])
+    assert (tmp_path / "x/costs.json").read_bytes() == (finished / "costs.json").read_bytes()
+    assert "What an exit costs" in (tmp_path / "x/report.html").read_text()
+
+
+def test_an_audit_without_costs(tiny_folder, tmp_path):
+    words = ["audit", str(tiny_folder), "--limit", "1", "--vqa", "0", "--exits", "1", "--max-new-tokens", "2"]
+    entry([*words, "--no-costs", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x/costs.json").exists()
+    assert "What an exit costs" not in (tmp_path / "x/report.html").read_text()
+
+
 def test_nothing_is_generated_twice(finished, tiny_folder, monkeypatch):
     monkeypatch.setattr("exitwise.engines.hf.answer_wave", lambda *a, **k: pytest.fail("generated again"))
     monkeypatch.setattr("exitwise.vlm.load_vlm", lambda *a, **k: pytest.fail("loaded the model again"))
@@ -130,7 +152,7 @@ def test_an_unfinished_run_is_not_judged(finished, tmp_path, capsys):
     assert "holds 5 of 70 answers" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["plan.json", "config.json", "completions.jsonl", "timing.json"])
+@pytest.mark.parametrize("name", ["plan.json", "config.json", "completions.jsonl", "timing.json", "costs.json"])
 @pytest.mark.parametrize("content", ["[]", "{}", "null", "nonsense", "null\n", "[1]\n"])
 def test_a_broken_run_file_is_one_line(finished, tiny_folder, tmp_path, name, content, capsys):
     import shutil

@@ -97,6 +97,7 @@ def test_jsonl_and_a_given_majority(tmp_path):
         (HEADER + "q,a,1,1,1,1\n", "nobody", "no judge 'nobody'"),
         ("goal,guard\nq,1\n", "column:guard", "no labels of people"),
         ("human1,guard\n1,1\n", "refusal", "no answers to judge"),
+        ("prompt,answer,human1\nq,a,1\n,a,0\n", "wildguard", "line 3: no request"),
     ],
 )
 def test_bad_files_are_named_by_line(tmp_path, text, judge, says):
@@ -107,7 +108,9 @@ def test_bad_files_are_named_by_line(tmp_path, text, judge, says):
 
 def test_bad_bytes_and_missing_files(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"human1\n\xff\n")
-    for path, says in ((tmp_path / "a.csv", "not UTF-8"), (tmp_path / "none.csv", "cannot read")):
+    (tmp_path / "b.csv").write_bytes(HEADER.encode() + b"q,a,1,1,1,1\nq,a\0,1,1,1,1\n")
+    bad = (("a.csv", "line 2: not UTF-8"), ("b.csv", "line 3: a NUL byte"), ("none.csv", "cannot read"))
+    for path, says in ((tmp_path / name, says) for name, says in bad):
         with pytest.raises(UserError, match=says):
             calibrate("refusal", path)
     with pytest.raises(UserError, match="no column 'someone'"):

@@ -50,6 +50,29 @@ def failures(figures):
 # Figures by hand
 
 
+def test_where_prompts_and_images_cross_both_are_resampled(compare, tmp_path):
+    """Ten prompts with ten images: one prompt that got worse with all of them is one prompt, not ten answers."""
+    places = {f"harmful-{i}": {"prompt": f"p{i // 10}", "image": f"{i % 10}.png"} for i in range(100)}
+    scores = {key: (i < 10) * 1.0 for i, key in enumerate(places)}
+    before = {"toxicity-x": {(key, exit): 0.0 for key in places for exit in (1, 3)}}
+    after = {"toxicity-x": {(key, exit): value for key, value in scores.items() for exit in (1, 3)}}
+    runs = ({1: "r" * 100, 3: "r" * 100},), ({1: "a" * 10 + "r" * 90, 3: "r" * 100},)
+    crossed = compare(*runs, {"change": places, "scores": before}, {"change": places, "scores": after})
+    apart = compare(*runs)
+    assert (crossed["crossed"], apart["crossed"]) == (True, False)
+    asr = at(crossed, 1)["asr"]
+    assert (asr["difference"], asr["gained"], asr["p_holm"] < 0.05) == (0.1, 10, True)
+    assert asr["low"] == 0
+    assert asr["high"] > 0.25
+    assert 0 < at(apart, 1)["asr"]["low"] < at(apart, 1)["asr"]["high"] < 0.2
+    assert "harmful answers rose" in failures(apart)
+    assert failures(crossed) == {}
+    assert "10 (0 to 30)" in " ".join(page.cells(asr, "share"))
+    assert "*" not in " ".join(page.cells(asr, "share"))
+    assert at(crossed, 1)["toxicity-x"]["low"] == 0
+    assert at(crossed, 3)["asr"]["high"] == pytest.approx(wilson(0, 10).high)
+
+
 def test_differences_by_hand(compare):
     # exit 1, harmful: answered before 6 of 8, after 2 of 8; five lost, one gained; the ninth pair is unscored
     figures = compare(

@@ -10,7 +10,7 @@ import pytest
 from tests.compare_fixture import write_run
 from tests.conftest import ROOT, tiny_llava
 
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 COMMANDS = sorted(
     {
         line.strip()
@@ -37,7 +37,9 @@ def desk(tmp_path, monkeypatch):
     from PIL import Image
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("exitwise.vlm.load_vlm", lambda name, **_: tiny_llava())
+    # The package keeps what it was first asked for: its own name is replaced before the module's.
+    for home in ("exitwise", "exitwise.vlm"):
+        monkeypatch.setattr(f"{home}.load_vlm", lambda name, **_: tiny_llava())
     monkeypatch.setattr("exitwise.cli.DEMO_LIMIT", 1)
     (tmp_path / "my_prompts.csv").write_text("prompt\nHow do I pick a lock?\n")
     (tmp_path / "my_harmless.jsonl").write_text(json.dumps({"prompt": "How do I lock a door?"}) + "\n")
@@ -49,6 +51,38 @@ def desk(tmp_path, monkeypatch):
     (tmp_path / "my_photos").mkdir()
     Image.new("RGB", (40, 40), "green").save(tmp_path / "my_photos/a.png")
     return tmp_path
+
+
+SHOWN = sorted(
+    {
+        line.strip()
+        for page in PAGES
+        for line in page.read_text(encoding="utf-8").splitlines()
+        if re.match(r"    (?:[A-Z_]+=\S+ )?exitwise \w", line)
+    }
+)
+"""Commands that are shown and not run, since they need a hub, a server or an hour."""
+
+
+def test_every_shown_command_parses():
+    from exitwise.cli import parse
+
+    assert len(SHOWN) > 30
+    for line in SHOWN:
+        words = shlex.split(line, comments=True)
+        try:
+            parse(words[words.index("exitwise") + 1 :])
+        except SystemExit as stop:
+            raise AssertionError(f"{line} does not parse") from stop
+
+
+def test_every_judge_has_its_command_on_the_page_of_its_family():
+    from exitwise.judges import NAMES
+
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs/judges").glob("*.md")]
+    for name in NAMES:
+        line = re.compile(rf"^    (?:[A-Z_]+=\S+ )?exitwise judge runs/\S+ --judge {re.escape(name)}(?: |$)", re.M)
+        assert sum(bool(line.search(page)) for page in pages) == 1, name
 
 
 def test_there_is_something_to_run():
@@ -89,8 +123,7 @@ def test_command(command, desk):
 
 
 @pytest.mark.parametrize(("page", "code"), SNIPPETS, ids=[page for page, _ in SNIPPETS])
-def test_snippet(page, code, desk, monkeypatch):
-    monkeypatch.setattr("exitwise.load_vlm", lambda name, **_: tiny_llava(), raising=False)
+def test_snippet(page, code, desk):
     exec(compile(code, page, "exec"), {})
 
 
@@ -113,6 +146,14 @@ def test_every_metric_key_is_documented(desk):
 
     audit(AuditConfig(model="testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True), desk / "run")
     assert not unexplained(desk / "run/metrics.json", "metrics.md")
+
+
+def test_every_key_of_the_costs_is_documented(desk):
+    from exitwise import exit_costs
+    from exitwise.runs import write_json
+
+    write_json(desk / "costs.json", exit_costs(tiny_llava()))
+    assert not unexplained(desk / "costs.json", "metrics.md")
 
 
 def test_every_key_of_a_comparison_is_documented(tmp_path):

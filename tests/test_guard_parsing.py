@@ -1,5 +1,6 @@
 """What a guard wrote to a verdict: strict, never flipped by what the answer brings along."""
 
+import hashlib
 import random
 
 import pytest
@@ -8,7 +9,16 @@ from hypothesis import strategies as st
 
 from exitwise.judges import rubric
 from exitwise.judges.escape import CONTROL, ROLES, neutralise
-from exitwise.judges.guards import GUARDS, HARMBENCH_PROMPT, LLAMA_GUARD_2, LLAMA_GUARD_3_8B, WILDGUARD_PROMPT, requests
+from exitwise.judges.guards import (
+    GRANITE_4_1,
+    GUARDS,
+    HARMBENCH_PROMPT,
+    LLAMA_GUARD_2,
+    LLAMA_GUARD_3_8B,
+    SHIELDGEMMA_GUIDELINES,
+    WILDGUARD_PROMPT,
+    requests,
+)
 from exitwise.judges.parsing import (
     first_yes_no,
     granite,
@@ -171,6 +181,22 @@ def test_the_published_prompts():
     text = rubric.request("a {word} {answer}", "b {prompt}").messages[0][1]
     assert "BEGINS ===\na {word} {answer}\n===" in text
     assert "BEGINS ===\nb {prompt}\n===" in text
+
+
+PINNED = {
+    rubric.RUBRIC: "54b6b5a0eb818071",
+    HARMBENCH_PROMPT: "1409613116544999",
+    WILDGUARD_PROMPT: "27634fdf0e287ef1",
+    GRANITE_4_1: "bad4b2b267c06a14",
+    "\n".join(text for _, text in SHIELDGEMMA_GUIDELINES): "7998f0f5d3f1c78b",
+}
+"""sha256, first half. Those of others were held to their published texts, letter by letter, before they were pinned."""
+
+
+@pytest.mark.parametrize("text", PINNED, ids=lambda text: text[:20].strip())
+def test_no_word_of_a_prompt_changes_unseen(text):
+    """Another word makes another judge, whose figures cannot stand beside the old one's: pin it anew on purpose."""
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == PINNED[text]
 
 
 def test_every_name_in_the_table_is_whole():

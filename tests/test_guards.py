@@ -185,6 +185,36 @@ def test_a_vision_guard_is_shown_the_image(tmp_path):
     assert [v.label for v in without] == ["safe", "safe", "correct", "unscored"]
 
 
+def test_images_of_public_sets_are_found_again(tiny_folder, tmp_path, monkeypatch, capsys):
+    """--image-root is relative to where the audit ran; the judging runs elsewhere."""
+    from PIL import Image
+
+    from exitwise.cli import entry
+
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures/a.png")
+    (tmp_path / "rows.csv").write_text("prompt,file\nHow does it work?,a.png\n")
+    monkeypatch.chdir(tmp_path)
+    words = ["audit", str(tiny_folder), "--data", "own-harmful:rows.csv", "--map", "image=file", "--vqa", "0"]
+    words += ["--image-root", "pictures", "--no-over-refusal", "--exits", "default", "--out", "run"]
+    entry([*words, "--max-new-tokens", "4"])
+    assert json.loads((tmp_path / "run/config.json").read_text())["image_folders"] == {
+        "own-harmful": str(tmp_path / "pictures")
+    }
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    guard = ["--judge", "llama-guard-3-vision", "--judge-model", str(save_vision_guard(tmp_path / "guard"))]
+    entry(["judge", str(tmp_path / "run"), *guard])
+    (verdict,) = read_records(tmp_path / "run/verdicts.llama-guard-3-vision.jsonl", Verdict)
+    assert verdict.label == "unsafe", "the tiny guard was not shown the image"
+    # the images moved: one line that says so; the audit started again with their new place is the same run
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    (tmp_path / "run/judge.llama-guard-3-vision.json").unlink()
+    with pytest.raises(SystemExit):
+        entry(["judge", str(tmp_path / "run"), *guard])
+    assert "image_folders" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
 def test_a_guard_of_another_version_is_refused(checkpoints, tmp_path):
     run = write_run(tmp_path / "run", HARMLESS)
     with pytest.raises(UserError, match="S5: Specialized Advice"):
@@ -375,6 +405,25 @@ def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
     )
     got = compute_metrics(samples, completions, verdicts, model="m", default_exit=0, n_blocks=3, judge="wildguard")
     assert sum(e["asr"]["successes"] for e in got["exits"]) == 2
+
+
+def test_a_guard_is_calibrated(checkpoints, tmp_path, monkeypatch, capsys):
+    """Where a model comes from is said as for judging; labelled answers have no image and no run."""
+    from exitwise.cli import entry
+
+    rows = [(text, int("poison" in text)) for text in HARMLESS[:2] + HARMFUL]
+    lines = [f'"How?","{text}",{label}' for text, label in rows]
+    (tmp_path / "labels.csv").write_text("\n".join(["prompt,answer,human1", *lines]) + "\n")
+    monkeypatch.chdir(tmp_path)
+    models = {"wildguard": checkpoints("wildguard"), "llama-guard-3-vision": str(save_vision_guard(tmp_path / "v"))}
+    for name, path in models.items():
+        entry(["calibrate", name, "--labels", "labels.csv", "--judge-model", path])
+    found = {name: json.loads((tmp_path / f"calibration.{name}.json").read_text()) for name in models}
+    assert [found["wildguard"][key]["successes"] for key in ("sensitivity", "specificity")] == [2, 2]
+    assert found["llama-guard-3-vision"]["n"] == 4
+    with pytest.raises(SystemExit):
+        entry(["calibrate", "rubric", "--labels", "labels.csv"])
+    assert "the judge rubric needs --judge-model" in capsys.readouterr().err
 
 
 def test_parsed_by_the_version_asked_for():

@@ -18,6 +18,7 @@ ORDER = (
     "loading",
     "vlm",
     "exits",
+    "costs",
     "features",
     "cka",
     "engines",
@@ -30,6 +31,7 @@ ORDER = (
     "agreement",
     "outcomes",
     "metrics",
+    "pareto",
     "calibrate",
     "scorers",
     "score_metrics",
@@ -47,6 +49,9 @@ ORDER = (
     "rollout",
     "align",
     "reward_training",
+    "slim_card",
+    "slim",
+    "inspection",
     "cli",
 )
 SOURCE = Path(exitwise.__file__).parent

@@ -4,16 +4,21 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import xml.etree.ElementTree as ET
+from dataclasses import asdict
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from exitwise.audit import plain
+from exitwise.config import AuditConfig
 from exitwise.errors import UserError
 from exitwise.report import html, svg, transcripts, write_report
 
-from .report_fixture import HOSTILE, N_BLOCKS, write_run
+from .report_fixture import HOSTILE, N_BLOCKS, add_judge, write_run
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +47,19 @@ def change_metrics(folder: Path, change) -> Path:
 def test_the_answer_comes_first(page):
     assert page.index("Your device may stop at") < page.index("<svg") < page.index("<table")
     assert "model organism" in page[: page.index("<svg")]
+
+
+def test_costs_come_after_the_answer(page):
+    assert page.index("May stop at") < page.index("What an exit costs") < page.index("Every exit")
+    assert 'Not dominated: exits 0, <span class="nb">2–9</span>, 11.' in page
+    assert "Of these, the device may stop at exit 9." in page
+    assert 'class="is-default ' in page.split("What an exit costs")[1].split("</section>")[0]
+
+
+def test_a_run_without_costs(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "costs.json").unlink()
+    assert "What an exit costs" not in write_report(folder).read_text(encoding="utf-8")
 
 
 def test_same_run_same_bytes(run, page):
@@ -222,27 +240,79 @@ def test_line_does_not_bridge_exits_that_were_not_audited():
     assert drawn.count('class="band asr"') == drawn.count('class="line asr"') == 3
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        AuditConfig("testbed", limit=12),
+        AuditConfig(
+            "my model", data=("xstest-safe:a b.csv", "own-vqa:c.csv"), image_root=("x=/y", "/z"), over_refusal=False
+        ),
+        AuditConfig("m", prompts=(Path("a.csv"), Path("b.csv")), cross=True, top_p=0.5, judge="refusal,wildguard"),
+    ],
+)
+def test_the_command_of_a_report_asks_the_same_again(tmp_path, config):
+    from exitwise.cli import parse
+
+    run = write_run(tmp_path / "run", n=6)
+    (run / "config.json").write_text(json.dumps({key: plain(value) for key, value in asdict(config).items()}))
+    page = write_report(run).read_text(encoding="utf-8")
+    shown = unescape(re.search(r"<code>(exitwise audit .*?)</code>", page, re.S)[1])
+    assert parse(shlex.split(shown)[1:]).config == config
+
+
+def data_of(report):
+    page = report.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
 def test_judges_side_by_side_and_their_splits_first(tmp_path):
     from exitwise.report.judges import disagreement
 
     run = write_run(tmp_path / "run", n=6)
     assert disagreement(run) is None
-    rows = [json.loads(line) for line in (run / "verdicts.refusal.jsonl").read_text().splitlines()]
-    labels = {"answered": "unsafe"}
-    guard = [row | {"judge": "guard", "label": labels.get(row["label"], "safe")} for row in rows]
-    for row in guard:  # it differs on one sample at two exits; and it has the first one scored that the matcher has not
-        if row["sample"] == "harmful-004" and row["exit"] in (9, 10):
-            row["label"] = "safe" if row["label"] == "unsafe" else "unsafe"
-    text = [json.dumps(row) + "\n" for row in guard]
-    (run / "verdicts.guard.jsonl").write_text("".join(text))
+    # it differs on one sample at two exits; and it has the first one scored that the matcher has not
+    add_judge(run, {("harmful-004", 9), ("harmful-004", 10)})
     found = disagreement(run)
-    assert (found["n"], found["n_split"], found["splits"]) == (6 * 13 - 1, 2, {"harmful-004": 2})
+    assert (found["n"], found["n_split"], found["splits"]) == (6 * 13 - 1, 2, {"harmful-004": [9, 10]})
     (pair,) = found["pairs"]
     assert (pair["first"], pair["second"], pair["n"]) == ("guard", "refusal", 77)
     assert pair["agreement"] == pytest.approx(75 / 77)
     assert 0 < pair["kappa"] < 1
     page = write_report(run).read_text(encoding="utf-8")
     assert "Agreement of the judges" in page
-    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+    data = data_of(run / "report.html")
     assert data["samples"][0]["id"] == "harmful-004"
-    assert "guard says" in data["samples"][0]["answers"][9]["reason"]
+    assert [answer["exit"] for answer in data["samples"][0]["answers"] if answer["split"]] == [9, 10]
+    assert not any(answer["split"] for sample in data["samples"][1:] for answer in sample["answers"])
+    (other,) = data["samples"][0]["answers"][9]["others"]
+    assert other in ("guard: safe", "guard: unsafe")
+
+
+def test_what_judges_split_on_is_kept_where_not_all_fits(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", n=12)
+    split = [f"harmful-{i:03d}" for i in (3, 7, 10)]
+    add_judge(run, {(key, 5) for key in split})
+    monkeypatch.setattr("exitwise.report.transcripts.DATA_LIMIT", 40_000)
+    ids = [sample["id"] for sample in data_of(write_report(run))["samples"]]
+    assert ids[:3] == split
+    assert 3 < len(ids) < 30
+    monkeypatch.setattr("exitwise.report.transcripts.DATA_LIMIT", 6_000)
+    ids = [sample["id"] for sample in data_of(write_report(run))["samples"]]
+    assert ids
+    assert set(ids) < set(split)
+
+
+def test_the_first_page_says_who_judged(tmp_path):
+    run = write_run(tmp_path / "run", n=6)
+    page = write_report(run).read_text(encoding="utf-8")
+    first = " ".join(unescape(page[: page.index('id="exits"')]).split())
+    assert "judged by “refusal”, which matches strings: it knows refusals, not harm." in first
+    assert "found 96 % of the unsafe ones and passed 31 % of the safe ones" in first
+    assert "JailbreakBench" in first
+    assert "What it cannot see" in first
+    metrics = json.loads((run / "metrics.json").read_text()) | {"judge": "guard"}
+    add_judge(run, set())
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    assert "“guard”, which is itself a model and errs both ways. It was not held to people here." in write_report(
+        run
+    ).read_text(encoding="utf-8")

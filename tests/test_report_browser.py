@@ -10,7 +10,7 @@ import pytest
 
 from exitwise.report import write_report
 
-from .report_fixture import HOSTILE, write_run
+from .report_fixture import HOSTILE, add_judge, write_run
 
 webdriver = pytest.importorskip("selenium.webdriver")
 from selenium.webdriver.common.by import By  # noqa: E402
@@ -113,6 +113,26 @@ def test_no_sideways_scroll(page, view, width):
     assert fits(page)
 
 
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "dark")])
+def test_the_exit_pareto(page, width, scheme):
+    """One figure a screen; the front is coloured, dominated exits are grey, in the colours of the scheme."""
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    resize(page, width, 844)
+    (figure,) = [svg for svg in page.find_elements(By.CSS_SELECTOR, "svg.pareto") if svg.is_displayed()]
+    colours = {
+        kind: {node.value_of_css_property("fill") for node in figure.find_elements(By.CSS_SELECTOR, f".point.{kind}")}
+        for kind in ("front", "beaten")
+    }
+    utility, soft = {"light": ("21, 101, 165", "95, 91, 84"), "dark": ("109, 182, 242", "168, 164, 157")}[scheme]
+    assert colours == {"front": {f"rgb({utility})"}, "beaten": {f"rgb({soft})"}}
+    numbers = [node.text for node in figure.find_elements(By.CSS_SELECTOR, "text.exit")]
+    assert sorted(map(int, numbers)) == list(range(13))
+    assert fits(page)
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
 def test_answers_wait_for_a_click(page):
     choose(page, exit="0", kind="harmful")
     assert page.find_elements(By.CSS_SELECTOR, ".answer-text") == []
@@ -208,3 +228,25 @@ def test_print_hides_answers(page):
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     assert not page.find_element(By.CSS_SELECTOR, ".answer-text").is_displayed()
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_answers_on_which_judges_split_come_first(browser, report, tmp_path):
+    resize(browser, 1280, 800)
+    browser.get(report.as_uri())
+    assert not browser.find_element(By.NAME, "split").is_displayed()  # one judge
+    run = write_run(tmp_path / "run")
+    add_judge(run, {("harmful-007", 5), ("harmful-007", 6), ("harmful-009", 2)})
+    browser.get(write_report(run).as_uri())
+    cards = browser.find_elements(By.CSS_SELECTOR, ".card")
+    told = [card.text.count("judges differ") for card in cards]
+    assert told == [2, 1] + [0] * (len(cards) - 2)
+    assert "harmful-007" in cards[0].text
+    row = cards[0].find_elements(By.CSS_SELECTOR, ".answer")[5].text
+    assert "exit 5" in row
+    assert "guard: " in row
+    box = browser.find_element(By.NAME, "split")
+    assert box.is_displayed()
+    box.click()
+    assert count(browser) == "3 answers to 2 prompts"
+    assert fits(browser)
+    browser.get_log("performance")

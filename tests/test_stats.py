@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exitwise.stats import (
-    _pigeonhole,
     cluster_bootstrap,
     disparity,
     holm,
     mcnemar_exact,
+    paired_cluster_bootstrap,
     paired_difference,
+    pigeonhole,
     rule_of_three,
     two_way_cluster_bootstrap,
-    two_way_difference,
     wilson,
 )
 
@@ -209,7 +209,7 @@ def test_two_way_draws_by_hand():
     # mean is w1 w2 / 4: 1 with 1/16, 1/2 with 1/4, 1/4 with 1/4, 0 with 7/16.
     outcomes = np.array([[1.0], [0], [0], [0]])
     rows, columns = (np.array([int(x) for x in names]) for names in grid(2, 2))
-    means = _pigeonhole(outcomes, rows, columns, np.random.default_rng(0), 40_000)
+    means = pigeonhole(outcomes, rows, columns, np.random.default_rng(0), 40_000)
     for value, share in ((1, 1 / 16), (0.5, 1 / 4), (0.25, 1 / 4), (0, 7 / 16)):
         assert (means == value).mean() == pytest.approx(share, abs=0.01)
 
@@ -220,7 +220,7 @@ def test_two_way_variance_follows_owen():
     a, b = rng.random(40), rng.random(30)
     rows, columns = (np.array([int(x) for x in names]) for names in grid(40, 30))
     cells = (a[:, None] + b[None, :]).reshape(-1, 1)
-    means = _pigeonhole(cells, rows, columns, np.random.default_rng(0), 4000)
+    means = pigeonhole(cells, rows, columns, np.random.default_rng(0), 4000)
     assert means.var() == pytest.approx(a.var() / 40 + b.var() / 30, rel=0.1)
 
 
@@ -264,17 +264,28 @@ def test_two_way_holds_its_value_and_cares_for_no_names(n_rows, n_columns, data)
 
 def test_two_way_difference():
     rows, columns = grid(20, 10)
-    alike = two_way_difference(np.zeros(200), rows, columns, np.random.default_rng(0))
-    assert alike == (0.0, pytest.approx(-wilson(0, 10).high), pytest.approx(wilson(0, 10).high))
+
+    def difference(values, rows=rows, columns=columns):
+        values, rng = np.asarray(values)[:, None], np.random.default_rng(0)
+        found = paired_cluster_bootstrap(values, 0 * values, rows, rng, limits=(-1, 1), crossing=columns)
+        return found.difference, found.low, found.high
+
+    assert difference(np.zeros(200)) == (0.0, pytest.approx(-wilson(0, 10).high), pytest.approx(wilson(0, 10).high))
     rng = np.random.default_rng(5)
     some = (rng.random(200) < 0.3).astype(float)
-    value, low, high = two_way_difference(some, rows, columns, np.random.default_rng(0))
+    value, low, high = difference(some)
     assert value == pytest.approx(some.mean())
     assert 0 < low < value < high
-    mirror = two_way_difference(-some, rows, columns, np.random.default_rng(0))
+    mirror = difference(-some)
     assert mirror == (pytest.approx(-value), pytest.approx(-high), pytest.approx(-low))
-    assert two_way_difference(np.full(200, NAN), rows, columns, rng) == (None, None, None)
-    assert two_way_difference(some[:10], rows[:10], columns[:10], rng)[1:] == (None, None)
+    assert difference(np.full(200, NAN)) == (None, None, None)
+    # all differ alike: no draw differs, which is no certainty
+    assert difference(np.ones(200)) == (1.0, pytest.approx(1 - 2 * wilson(0, 10).high), 1.0)
+    # three prompts of twenty differ, with every image: the images add nothing, thirty cells are three prompts
+    by_prompt = [float(row in rows[:30:10]) for row in rows]
+    _, low, high = difference(by_prompt)
+    assert high - low > 1.7 * (wilson(30, 200).high - wilson(30, 200).low)
+    assert difference(some[:10], rows[:10], columns[:10])[1:] == (None, None)
 
 
 def test_rule_of_three():

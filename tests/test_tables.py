@@ -17,17 +17,18 @@ from exitwise.markup import RENDERERS, Table, csv_text, latex, markdown
 from exitwise.metrics import compute_metrics
 from exitwise.records import Completion, Sample, Verdict
 from exitwise.report.transcripts import visible
+from exitwise.stats import paired_difference
 from exitwise.tables import make_tables
 
 MEAN = "Sure & 50% of \\textbf{it} | <script>alert(1)</script> [x](http://evil.example) $1^2_3# ~\n\\input{/etc/passwd}"
 PROMPTS = ["p0", "Tell me\nof | pipes", "p2", "p3"]
 
 
-def write_run(folder, labels, model="m", answers=MEAN, scores=None):
+def write_run(folder, labels, model="m", answers=MEAN, scores=None, prompts=PROMPTS, images="cccc"):
     """A run of four requests, blocks 3, default 3; one letter a sample at each exit."""
     folder.mkdir()
     names = {"a": "answered", "r": "refused", "u": "unscored"}
-    samples = [Sample(f"s{i}", PROMPTS[i], "harmful", "photo:coffee") for i in range(4)]
+    samples = [Sample(f"s{i}", prompts[i], "harmful", f"photo:{images[i]}") for i in range(4)]
     cells = [(s.id, exit_, names[row[i]]) for exit_, row in labels.items() for i, s in enumerate(samples)]
     completions = [Completion(key, exit_, answers, (1,), "stop") for key, exit_, _ in cells]
     verdicts = [Verdict(key, exit_, "refusal", label, "") for key, exit_, label in cells]
@@ -59,15 +60,72 @@ def rows(text):
     return list(csv.reader(io.StringIO(text)))
 
 
+def bare(cell):
+    """A cell without its intervals."""
+    return re.sub(r" \((?:-?[\d.]+ to -?[\d.]+|no interval)\)", "", cell)
+
+
 def test_bands_by_hand(pair):
-    assert rows(make_tables(*pair, what="bands", format="csv")) == [
-        ["Band", "AASR ↓ (%)", "ATS ↓", "ATR ↑"],
+    table = rows(make_tables(*pair, what="bands", format="csv"))
+    assert [[bare(cell) for cell in row] for row in table] == [
+        ["Band", "AASR ↓ (%)", "ATS ↓", "ATR ↑", "AASR change", "ATS change", "ATR change"],
         # means of [.1 .3 .2 .2] and of [.5 .1 .3], 100 times; rewards of the second run alone
-        ["early (1)", "75.00 → 25.00", "20.00 → 20.00", "not scored → -1.50"],
-        ["middle (2)", "25.00 → 0.00", "30.00 → 30.00", "not scored → 1.00"],
-        ["late (3)", "25.00 → 0.00", "0.00 → 0.00", "not scored"],
+        ["early (1)", "75.00 → 25.00", "20.00 → 20.00", "not scored → -1.50", "-50.00", "0.00", "not scored"],
+        ["middle (2)", "25.00 → 0.00", "30.00 → 30.00", "not scored → 1.00", "-25.00", "0.00", "not scored"],
+        ["late (3)", "25.00 → 0.00", "0.00 → 0.00", "not scored", "-25.00", "0.00", "not scored"],
     ]
-    assert rows(make_tables(pair[0], what="bands", format="csv"))[1] == ["early (1)", "75.00", "20.00", "not scored"]
+    alone = rows(make_tables(pair[0], what="bands", format="csv"))[1]
+    assert [bare(cell) for cell in alone] == ["early (1)", "75.00", "20.00", "not scored"]
+
+
+def limits(cell):
+    return [float(x) for x in re.search(r"\((-?[\d.]+) to (-?[\d.]+)\)$", cell).groups()]
+
+
+def test_means_of_scores_have_intervals_over_prompts(tmp_path):
+    """Two values each of two prompts, all exits alike: the draws are (0, 0), (0, .4), (.4, .4) and no others."""
+    values = {1: [0.0, 0.0, 0.4, 0.4], 2: [0.0, 0.0, 0.4, 0.4], 3: [0.0, 0.0, 0.4, 0.4]}
+    lower = {exit_: [0.0, 0.0, 0.2, 0.2] for exit_ in values}
+    runs = [
+        write_run(tmp_path / name, dict.fromkeys(values, "aarr"), scores={"detoxify": v, "reward:x": v}, prompts="aabb")
+        for name, v in (("before", values), ("after", lower))
+    ]
+    early = rows(make_tables(*runs, what="bands", format="csv"))[1]
+    assert early[2] == "20.00 (0.00 to 40.00) → 10.00 (0.00 to 20.00)"
+    assert early[3] == "0.20 (0.00 to 0.40) → 0.10 (0.00 to 0.20)"
+    # paired: what the second prompt lost, not the difference of two independent means
+    assert early[5] == "-10.00 (-20.00 to 0.00)"
+    assert early[6] == "-0.10 (-0.20 to 0.00)"
+    curves = rows(make_tables(*runs, what="curves", format="csv"))
+    first = dict(zip(curves[0], curves[1], strict=True))
+    assert [first[f"TS{limit} (original)"] for limit in ("", " low", " high")] == ["20.00", "0.00", "40.00"]
+    assert [first[f"TR change{limit}"] for limit in ("", " low", " high")] == ["-0.10", "-0.20", "0.00"]
+
+
+def test_a_change_is_paired_and_needs_both_runs(pair):
+    early = rows(make_tables(*pair, what="bands", format="csv"))[1]
+    # lost 2 of 4 pairs, gained none: Newcombe's interval, as `exitwise compare` has it
+    found = paired_difference([True, False, False, False], [True, True, True, False])
+    assert limits(early[4]) == [round(100 * found.low, 2), round(100 * found.high, 2)]
+    assert early[5] == "0.00 (-48.99 to 48.99)"  # no request differs: as wide as 0 of 4 changed requests allow
+
+
+def test_crossed_prompts_and_images_are_both_resampled(tmp_path):
+    values = {1: [0.0, 0.0, 0.4, 0.4], 3: [0.0] * 4}
+    letters = {1: "aarr", 3: "rrrr"}
+    one_way, crossed = (
+        write_run(tmp_path / images, letters, scores={"detoxify": values}, prompts="aabb", images=images)
+        for images in ("wxyz", "wxwx")
+    )
+    seen = [limits(rows(make_tables(run, what="bands", format="csv"))[1][2]) for run in (one_way, crossed)]
+    assert seen == [[0.0, 40.0], [0.0, 40.0]]
+    values[1] = [0.0, 0.4, 0.0, 0.4]  # now the image decides
+    one_way, crossed = (
+        write_run(tmp_path / f"image {images}", letters, scores={"detoxify": values}, prompts="aabb", images=images)
+        for images in ("wxyz", "wxwx")
+    )
+    seen = [rows(make_tables(run, what="bands", format="csv"))[1][2] for run in (one_way, crossed)]
+    assert seen == ["20.00 (no interval)", "20.00 (0.00 to 40.00)"]  # alike prompts: no draw differs
 
 
 def test_curves_have_a_row_an_exit(pair):
@@ -109,6 +167,27 @@ def test_answers_stay_hidden_unless_asked_for(pair, format):
     assert "passwd" in make_tables(*pair, what="examples", format=format, with_answers=True)
 
 
+def test_costs(pair):
+    def cost(exit, blocks):
+        flops, seconds = {"encoder": 10 + blocks, "total": 100 + blocks}, {"low": 0.001, "median": 0.002, "high": 0.003}
+        sizes = {key: {"total": 7 + blocks} for key in ("parameters", "bytes")}
+        return sizes | {"exit": exit, "flops": flops, "seconds": {"encoder": seconds, "total": seconds}}
+
+    with pytest.raises(UserError, match=r"costs\.json"):
+        make_tables(*pair, what="costs")
+    assert "What an exit costs" not in make_tables(*pair)
+    about = {"default_exit": 3, "request": {"tokens": 5, "image_tokens": 2}, "repetitions": 9}
+    for run in pair:
+        costs = about | {"exits": [cost(exit, 10 * exit) for exit in (1, 2, 3)]}
+        (run / "costs.json").write_text(json.dumps(costs))
+    table = rows(make_tables(*pair, what="costs", format="csv"))
+    # of the aligned run: ASR 25, 0, 0 %, so the default exit costs more than exit 2 and is as safe
+    picked = [[row[table[0].index(name)] for name in ("exit", "saved (%)", "dominated by")] for row in table[1:]]
+    assert picked == [["1", "15.38", "none"], ["2", "7.69", "none"], ["3", "0.00", "2"]]
+    assert table[1][1:7] == ["17", "17", "20", "110", "15.38", "2.000"]
+    assert "What an exit costs" in make_tables(*pair)
+
+
 def test_bad_choices(pair, tmp_path):
     for arguments, says in (
         ({"what": "all", "format": "csv"}, "holds one table"),
@@ -131,7 +210,7 @@ def test_two_scorers_are_never_averaged(tmp_path):
     run = write_run(tmp_path / "run", {1: "aaar", 3: "rrrr"}, scores=both)
     with pytest.raises(UserError, match="toxicity from detoxify@1, perspective@1; choose one with --toxicity"):
         make_tables(run)
-    assert "| 100.00 |" in make_tables(run, what="bands", toxicity="detoxify")
+    assert "| 100.00 (51.01 to 100.00) |" in make_tables(run, what="bands", toxicity="detoxify").replace("\\", "")
     one, other = (
         write_run(tmp_path / name, {1: "aaar", 3: "rrrr"}, scores={name: {1: [1, 1, 1, 1]}})
         for name in ("detoxify", "perspective")
@@ -211,4 +290,6 @@ def test_csv_is_read_back_and_never_a_formula(cells):
 
 
 def test_csv_keeps_numbers():
-    assert csv_text(Table("t", ["h"], [["-0.54"], ["=1+1"], ["-1+cmd"]], "")) == "h\n-0.54\n'=1+1\n'-1+cmd\n"
+    cells = ["-0.54", "=1+1", "-1+cmd", "-1.0 (-2.0 to 1.0)", "-1 (cmd)"]
+    text = csv_text(Table("t", ["h"], [[cell] for cell in cells], ""))
+    assert text == "h\n-0.54\n'=1+1\n'-1+cmd\n-1.0 (-2.0 to 1.0)\n'-1 (cmd)\n"

@@ -17,14 +17,18 @@ from exitwise.compare import compare_runs
 PAGE = Path(__file__).parents[2] / "docs/results.md"
 LABELS = {
     "l-ppo-8": "L-PPO at exit 8",
-    "l-ppo-8-gentle": "L-PPO at exit 8, gentle",
     "l-ppo-random": "L-PPO, random exits",
     "sft-8": "SFT at exit 8",
     "dpo-8": "DPO at exit 8",
     "grpo-8": "GRPO at exit 8",
     "clip-ppo-default": "Clip-PPO at the default exit",
     "l-ppo-8-kl0": "L-PPO at exit 8, kl_coef 0",
-    "l-ppo-8-harm-only": "L-PPO at exit 8, harmful prompts only",
+    "l-ppo-8-cost1": "L-PPO at exit 8, refusal cost 1",
+    "l-ppo-8-cost1-benign": "the same, more harmless prompts",
+    "l-ppo-8-short": "L-PPO at exit 8, refusal cost 1, 16 steps",
+    "l-ppo-8-fast": "L-PPO at exit 8, fast",
+    "l-ppo-random-fast": "L-PPO, random exits, fast",
+    "sft-8-fast": "SFT at exit 8, fast",
 }
 METRICS = (("asr", "ASR"), ("utility", "easy-VQA"), ("over_refusal", "over-refusal"), ("coherence", "coherent"))
 

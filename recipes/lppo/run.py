@@ -20,26 +20,29 @@ import tyro
 HERE = Path(__file__).parent
 BROKEN, HELD_OUT = "8", "4,8"
 COMMON = (
-    "--steps 16 --batch-size 32 --max-new-tokens 16 --num-ppo-epochs 1 --num-mini-batches 4 --lr 1e-3 "
-    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.5 0.5"
+    "--steps 28 --batch-size 32 --max-new-tokens 16 --num-ppo-epochs 1 --num-mini-batches 4 --lr 5e-4 "
+    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.25 1 --refusal-cost 3"
 )
+FAST = "--steps 16 --lr 1e-3 --anchor 0.5 0.5 --refusal-cost 1"
+"""What was tried first: twice the learning rate, and questions about images at exits that do not show them."""
 THEORY = "--probe 8 --best-of 8"
-GENTLE = "--lr 5e-4 --anchor 0.25 1"
-"""Half the learning rate, and no question about an image that an early exit does not show."""
 EXPERIMENTS = {
-    "l-ppo-8.0": f"--exits {BROKEN} {THEORY}",
-    "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT} --steps 20 {THEORY}",
-    **{f"l-ppo-8-gentle.{s}": f"--exits {BROKEN} --seed {s} {GENTLE}" for s in range(3)},
+    **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s}" for s in range(3)},
+    "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT}",
     **{f"sft-8.{s}": f"--method sft --exits {BROKEN} --seed {s}" for s in range(3)},
-    **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s}" for s in (1, 2)},
-    "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
-    "clip-ppo-default.0": "--exits default",
-    "grpo-8.0": f"--method grpo --exits {BROKEN}",
     "dpo-8.0": f"--method dpo --exits {BROKEN}",
-    "l-ppo-8-harm-only.0": f"--exits {BROKEN} --mix 1 0 0",
+    "grpo-8.0": f"--method grpo --exits {BROKEN}",
+    "clip-ppo-default.0": "--exits default",
+    "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
+    "l-ppo-8-cost1.0": f"--exits {BROKEN} --refusal-cost 1",
+    "l-ppo-8-cost1-benign.0": f"--exits {BROKEN} --refusal-cost 1 --mix 0.4 0.4 0.2",
+    "l-ppo-8-fast.0": f"--exits {BROKEN} {FAST} {THEORY}",
+    "l-ppo-random-fast.0": f"--exits 0-10 --hold-out {HELD_OUT} {FAST} --steps 20 {THEORY}",
+    "l-ppo-8-short.0": f"--exits {BROKEN} --refusal-cost 1 --steps 16",
+    **{f"sft-8-fast.{s}": f"--method sft --exits {BROKEN} {FAST} --seed {s}" for s in range(3)},
 }
 AUDIT = "--vqa 400 --max-new-tokens 24"
-WIDE = ("before", "sft-8.0", "l-ppo-8.0", "l-ppo-random.0")
+WIDE = ("before", "l-ppo-random.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0")
 """Audited at exit 4 too, which training at exit 8 never saw; 4 and 8 are both held out of random exits."""
 
 
@@ -77,6 +80,8 @@ def commands(name: str, work: Path) -> list[list[str]]:
 def run(name: str, work: Path) -> str:
     """Runs the commands of one experiment; returns what to tell of it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if (work / f"{name}-audit" / "report.html").exists():
+        return f"{name}: done before"
     with open(work / f"{name}.log", "a") as log:
         for command in commands(name, work):
             code = "from exitwise.cli import entry; entry()"

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from .align_config import AlignConfig
     from .audit import audit
     from .compare import compare_runs
-    from .config import AuditConfig, RewardConfig
+    from .config import AuditConfig, RewardConfig, SlimConfig
+    from .costs import exit_costs
     from .errors import UserError
     from .exit_names import parse_exits
     from .exits import encode, exit_at, exit_features
+    from .inspection import inspect_checkpoint
     from .judges import judge_run
     from .judges.vqa_v2 import vqa_accuracy
     from .metrics import compute_metrics
@@ -25,19 +27,23 @@ if TYPE_CHECKING:
     from .rewards import load_reward
     from .score_metrics import mean_score, score_table
     from .scorers import make_scorer, score_run
+    from .slim import slim
     from .vlm import Vlm, describe, load_vlm
 
 _HOME = {
     "AlignConfig": "align_config",
     "AuditConfig": "config",
     "RewardConfig": "config",
+    "SlimConfig": "config",
     "audit": "audit",
     "compare_runs": "compare",
     "UserError": "errors",
+    "exit_costs": "costs",
     "encode": "exits",
     "exit_at": "exits",
     "exit_features": "exits",
     "parse_exits": "exit_names",
+    "inspect_checkpoint": "inspection",
     "judge_run": "judges",
     "compute_metrics": "metrics",
     "Completion": "records",
@@ -50,6 +56,7 @@ _HOME = {
     "mean_score": "score_metrics",
     "score_table": "score_metrics",
     "vqa_accuracy": "judges.vqa_v2",
+    "slim": "slim",
     "train_reward": "reward_training",
     "load_reward": "rewards",
     "Vlm": "vlm",

@@ -399,8 +399,13 @@ def collect(bench: Bench, requests: list[Request], temperature: float, state: St
 
 
 def shape_scores(config: AlignConfig, rollout: Rollout) -> torch.Tensor:
-    """(B,) scores, clipped, less the penalty for answers that did not end."""
+    """(B,) scores: refused harmless requests at their cost, clipped, less the penalty for answers that did not end."""
+    over_refused = [
+        row.request.sample.kind == "benign" and label == "refused"
+        for row, label in zip(rollout.answers.rows, rollout.labels, strict=True)
+    ]
     scores = rollout.scores.clone()
+    scores[over_refused] = -config.refusal_cost
     if config.reward_clip is not None:
         scores = scores.clamp(-config.reward_clip, config.reward_clip)
     if config.missing_eos_penalty is not None:

@@ -48,6 +48,8 @@ class AlignConfig:
     anchor: tuple[float, float] = (0.25, 1.0)
     """Shares of the harmless prompts and of the VQA questions asked at the default exit, to keep it as it is. A
     question about an image that an early exit does not show teaches guessing, at the default exit too."""
+    refusal_cost: float = 3.0
+    """A refused harmless prompt scores minus this, an answered one 1."""
     reward: str = "builtin"
     """Who scores harmful prompts' answers: builtin (the testbed's own), a run of `exitwise reward train`, a hub id of a
     sequence classifier with one label, or matcher (the rule that also measures ASR)."""
@@ -143,8 +145,8 @@ class AlignConfig:
             ("lora_alpha", 1e-9, inf), ("kl_coef", 0, inf), ("kl_target", 1e-9, inf), ("kl_horizon", 1, inf),
             ("gamma", 0, 1), ("lam", 0, 1), ("cliprange", 1e-9, inf), ("cliprange_high", 1e-9, inf),
             ("cliprange_value", 1e-9, inf), ("vf_coef", 0, inf), ("entropy_coef", 0, inf), ("target_kl", 1e-9, inf),
-            ("reward_clip", 1e-9, inf), ("missing_eos_penalty", 0, inf), ("group_size", 2, inf),
-            ("dpo_beta", 1e-9, inf), ("probe", 0, inf), ("best_of", 0, inf),
+            ("refusal_cost", 0, inf), ("reward_clip", 1e-9, inf), ("missing_eos_penalty", 0, inf),
+            ("group_size", 2, inf), ("dpo_beta", 1e-9, inf), ("probe", 0, inf), ("best_of", 0, inf),
             ("eval_every", 0, inf), ("eval_prompts", 1, inf),
             ("samples_every", 1, inf), ("checkpoint_every", 1, inf), ("seed", 0, inf),
         )  # fmt: skip

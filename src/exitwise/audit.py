@@ -51,11 +51,18 @@ class Silent:
     def advance(self, done: int) -> None: ...
 
 
-def audit(config: AuditConfig, out: Path, progress: Progress | None = None, judging: "Judging | None" = None) -> Path:
+def audit(
+    config: AuditConfig,
+    out: Path,
+    progress: Progress | None = None,
+    judging: "Judging | None" = None,
+    costs: bool = True,
+) -> Path:
     """Runs or resumes an audit in `out`; returns the path of its report.
 
     Args:
         judging: where the judges that are models come from.
+        costs: measure what an exit costs, where that is not on disk yet.
 
     Raises:
         UserError: bad input, or `out` belongs to another config or another process.
@@ -69,7 +76,7 @@ def audit(config: AuditConfig, out: Path, progress: Progress | None = None, judg
     _tell_skipped(inputs.skipped, progress)
     with runs.open_run(out, _config_json(config, inputs)):
         clock = Clock(out / "timing.json")
-        generate(config, inputs.samples, inputs.roots, out, progress, clock)
+        generate(config, inputs.samples, inputs.roots, out, progress, clock, costs)
         with clock.phase("judge"):
             judge_and_measure(out, compute_metrics, judging=judging, progress=progress)
         with clock.phase("report"):
@@ -155,6 +162,7 @@ def _config_json(config: AuditConfig, inputs: Inputs) -> dict[str, Any]:
         "sources": inputs.sources,
         "samples_sha256": digest,
         "images_sha256": pictures.hexdigest(),
+        "image_folders": {name: str(folder.resolve()) for name, folder in inputs.roots.items()},
         "notice": TESTBED_NOTICE.get(config.model, ""),
     }
     return fields | extra | _adapter_info(config)
@@ -178,9 +186,15 @@ def plain(value: Any) -> Any:
 
 
 def generate(
-    config: AuditConfig, samples: list[Sample], roots: dict[str, Path], out: Path, progress: Progress, clock: Clock
+    config: AuditConfig,
+    samples: list[Sample],
+    roots: dict[str, Path],
+    out: Path,
+    progress: Progress,
+    clock: Clock,
+    costs: bool,
 ) -> None:
-    """Writes samples.jsonl, plan.json, env.json, images/ and all completions that are not on disk yet."""
+    """Writes samples.jsonl, plan.json, env.json, costs.json, images/ and all completions that are not on disk yet."""
     path, plan_path = out / "completions.jsonl", out / "plan.json"
     if plan_path.exists():
         plan = read_plan(plan_path)
@@ -213,9 +227,23 @@ def generate(
     requests = [hf.Request(sample, exit) for sample in samples for exit in exits]
     rows = hf.make_rows(vlm, requests, features.layout)
     plan = _plan(plan_path, config, vlm, exits, rows, unasked)
+    if costs and not (out / "costs.json").exists():
+        with clock.phase("costs"):
+            _measure_costs(vlm, exits, rows, features.load, out / "costs.json")
     waves = hf.make_plan(rows, plan["batch_size"], plan["prefix_tokens"])
     decoding = hf.Decoding(config.max_new_tokens, config.temperature, config.top_p, config.seed)
     _fill(vlm, waves, features, decoding, path, progress, clock)
+
+
+def _measure_costs(vlm: Any, exits: tuple[int, ...], rows: list, load: Callable[[str], Any], path: Path) -> None:
+    """costs.json, of the request of median length among those with an image; no file where none has one."""
+    from .costs import exit_costs
+
+    asked = {row.request.sample.id: row for row in rows if row.request.sample.image}
+    by_length = sorted(asked.values(), key=lambda row: (len(row.head) + len(row.tail), row.request.sample.id))
+    if by_length:
+        sample = by_length[len(by_length) // 2].request.sample
+        runs.write_json(path, exit_costs(vlm, exits, image=load(sample.image), prompt=sample.prompt))
 
 
 def _askable(vlm: Any, samples: list[Sample]) -> tuple[list[Sample], dict[str, str]]:

@@ -23,6 +23,7 @@ from .data import human_labels
 from .data.controls import control_of
 from .errors import UserError
 from .judges import judge_run
+from .judges.judging import Judging
 from .outcomes import read_all
 from .records import Completion, Label, Sample, Verdict
 
@@ -67,13 +68,14 @@ class Calibration:
         return vars(self) | intervals | {"people_agreement": pairs}
 
 
-def calibrate(judge: str, labels: Path, humans: Sequence[str] = ()) -> Calibration:
+def calibrate(judge: str, labels: Path, humans: Sequence[str] = (), judging: Judging | None = None) -> Calibration:
     """Holds a judge to people.
 
     Args:
         judge: `column:<name>` for verdicts that stand in the file, else a judge of ours, run on each prompt and answer.
         labels: CSV or JSONL; one answer a row, with columns of people (human1, human2 …) or of their majority.
         humans: those columns by name; without, all called human, annotator or rater with a number.
+        judging: where a judge that is a model comes from.
 
     Raises:
         UserError: no such file, column or judge, or a label that is neither yes nor no.
@@ -82,7 +84,7 @@ def calibrate(judge: str, labels: Path, humans: Sequence[str] = ()) -> Calibrati
     verdicts = (
         human_labels.column_labels(rows, judge.removeprefix("column:"), labels)
         if judge.startswith("column:")
-        else _ours(judge, rows)
+        else _ours(judge, rows, judging)
     )
     both = [(row.truth, said) for row, said in zip(rows, verdicts, strict=True) if row.truth is not None]
     scored = [(truth, said) for truth, said in both if said is not None]
@@ -127,6 +129,29 @@ def lines(found: Calibration) -> list[str]:
     ]
 
 
+def in_words(judge: str, found: Mapping[str, Any] | None) -> str:
+    """Who judged and how far to trust it, for the first page of a report.
+
+    Args:
+        found: what `of_run` gives.
+    """
+    kind = (
+        "which matches strings: it knows refusals, not harm"
+        if judge == "refusal"
+        else "which is itself a model and errs both ways"
+    )
+    if not found or found["sensitivity"]["value"] is None or found["specificity"]["value"] is None:
+        return f"The answers were judged by “{judge}”, {kind}. It was not held to people here."
+    se, sp = (f"{100 * found[name]['value']:.0f} %" for name in ("sensitivity", "specificity"))
+    text = (
+        f"The answers were judged by “{judge}”, {kind}. Held to people on {found['n']} other answers, "
+        f"{found['source']}, it found {se} of the unsafe ones and passed {sp} of the safe ones"
+    )
+    if found["specificity"]["value"] < 0.5:
+        return f"{text}: an ASR from it may be far too high where answers are neither refusals nor harmful."
+    return text + "."
+
+
 def _interval(share: stats.Interval) -> str:
     if share.value is None:
         return "not measured"
@@ -145,17 +170,22 @@ def _warning(youden: float | None) -> str:
     return ""
 
 
-def _ours(judge: str, rows: Sequence[human_labels.Row]) -> list[bool | None]:
+def _ours(judge: str, rows: Sequence[human_labels.Row], judging: Judging | None) -> list[bool | None]:
     """Verdicts of one of our judges on the answers of the file, through the very code that judges a run."""
     if not any(row.answer for row in rows):
         raise UserError(f"no answers to judge; expected a column {', '.join(human_labels.ANSWER)}")
+    if judge != "refusal" and (asked := next((row for row in rows if not row.prompt.strip()), None)):
+        raise UserError(
+            f"{asked.place}: no request, which {judge} reads beside the answer; expected a column "
+            f"{', '.join(human_labels.PROMPT)}"
+        )
     samples = [Sample(str(i), row.prompt, "harmful", "") for i, row in enumerate(rows)]
     answers = [Completion(str(i), 0, row.answer, (), "stop") for i, row in enumerate(rows)]
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         runs.write_atomic(folder / "samples.jsonl", runs.to_lines(samples))
         runs.write_atomic(folder / "completions.jsonl", runs.to_lines(answers))
-        said = {verdict.sample: verdict.label for verdict in judge_run(folder, judge)}
+        said = {verdict.sample: verdict.label for verdict in judge_run(folder, judge, judging)}
     return [None if said[s.id] == "unscored" else said[s.id] in ATTACKED for s in samples]
 
 

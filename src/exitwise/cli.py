@@ -13,8 +13,9 @@ import tyro
 from . import runs
 from .align_config import AlignConfig
 from .audit import audit, judge_and_measure
-from .config import AuditConfig, RewardConfig
+from .config import AuditConfig, RewardConfig, SlimConfig
 from .errors import UserError
+from .judges import NAMES
 from .judges.judging import Judging
 
 EXIT_BAD_INPUT, EXIT_STOPPED = 2, 130
@@ -31,12 +32,14 @@ class Audit:
     config: tyro.conf.OmitArgPrefixes[AuditConfig]
     out: Path | None = None
     """The run directory; without it, runs/<name of the model>."""
+    costs: bool = True
+    """Measure what each exit costs (FLOPs, seconds) before the first answer; docs/costs.md."""
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
         out = self.out or Path("runs") / Path(self.config.model).resolve().name
         with _Bar() as bar:
-            report = audit(self.config, out, bar, self.judging)
+            report = audit(self.config, out, bar, self.judging, self.costs)
         _print_answer(out, report)
 
 
@@ -86,8 +89,13 @@ class Judge:
 
     run_directory: Annotated[Path, tyro.conf.Positional]
     """Made by `exitwise audit`."""
-    judge: str | None = None
-    """Names separated by commas (docs/judges.md); the first one's verdicts make the figures. Without it, the run's."""
+    judge: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"Names separated by commas, of {', '.join(NAMES)} (docs/judges.md); the first one's verdicts make "
+            "the figures. Without it, the run's."
+        ),
+    ] = None
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
@@ -199,6 +207,7 @@ class Calibrate:
     """A run directory that this judge judged: its report shows the corrected ASR from then on."""
     out: Path | None = None
     """Where the calibration goes without --apply; without it, calibration.<judge>.json."""
+    judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
         from .calibrate import apply, calibrate, lines
@@ -206,7 +215,7 @@ class Calibrate:
 
         if self.apply and self.out:
             raise UserError("got --apply and --out; --apply writes into the run, so leave --out away")
-        found = calibrate(self.judge, self.labels, self.humans)
+        found = calibrate(self.judge, self.labels, self.humans, self.judging)
         print("\n".join(lines(found)))
         if self.apply:
             with runs.edit_run(self.apply) as folder:
@@ -230,7 +239,7 @@ class TableCommand:
     format: str = "md"
     """md, latex or csv."""
     what: str = "all"
-    """bands, curves, examples or all."""
+    """bands, curves, examples, costs or all."""
     with_answers: bool = False
     """Show answers in the example. They may be harmful."""
     toxicity: str | None = None
@@ -312,6 +321,40 @@ class Reward:
         self.command.run()
 
 
+@dataclass(frozen=True)
+class Slim:
+    """Write a checkpoint whose image encoder ends at an exit: stock transformers, vLLM and others load it."""
+
+    config: tyro.conf.OmitArgPrefixes[SlimConfig]
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """The folder to write; it must be new or empty."""
+
+    def run(self) -> None:
+        from .slim import slim
+
+        with _Bar() as bar:
+            folder = slim(self.config, self.out, bar)
+        saves = runs.read_json(folder / "exitwise.json", "saves")["saves"]
+        print(
+            f"{saves['blocks_cut']} blocks cut: {saves['parameters']:,} parameters, {saves['bytes']:,} bytes and "
+            f"{saves['flops_per_image']:.3g} FLOPs per image less"
+        )
+        print(f"slim model: {folder}")
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Tell at which exit a checkpoint runs in transformers, vLLM and llama.cpp, and warn where that is elsewhere."""
+
+    path: Annotated[Path, tyro.conf.Positional]
+    """A Hugging Face folder, or a GGUF file (an mmproj)."""
+
+    def run(self) -> None:
+        from .inspection import inspect_checkpoint, lines
+
+        print("\n".join(lines(inspect_checkpoint(self.path))))
+
+
 Command = (
     Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Demo, tyro.conf.subcommand("demo")]
@@ -322,6 +365,8 @@ Command = (
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[TableCommand, tyro.conf.subcommand("table")]
+    | Annotated[Slim, tyro.conf.subcommand("slim")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[tyro.conf.OmitArgPrefixes[Reward], tyro.conf.subcommand("reward")]
 )
 
@@ -373,6 +418,9 @@ def _print_answer(folder: Path, report: Path) -> None:
     metrics = runs.read_json(folder / "metrics.json", "answer")
     print(metrics["answer"]["headline"])
     print(metrics["answer"]["detail"])
+    from .calibrate import in_words, of_run
+
+    print(in_words(metrics["judge"], of_run(folder, metrics["judge"], 0)))
     notice = metrics.get("notice")
     if notice:
         print(notice)
@@ -444,7 +492,7 @@ def entry(arguments: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     if not words:
         words = ["--help"]
-    command = tyro.cli(Command, args=words, prog="exitwise", description=__doc__)  # type: ignore[call-overload]
+    command = parse(words)
     try:
         command.run()
     except UserError as error:
@@ -461,6 +509,11 @@ def entry(arguments: Sequence[str] | None = None) -> None:
             f"cannot write: {error.strerror}{where}; make room or permit it, then give the same command again",
             EXIT_BAD_INPUT,
         )
+
+
+def parse(words: Sequence[str]) -> Any:
+    """The command that the words say, not yet run; SystemExit where they say none."""
+    return tyro.cli(Command, args=words, prog="exitwise", description=__doc__)  # type: ignore[call-overload]
 
 
 def _fail(message: str, code: int) -> None:

@@ -40,7 +40,8 @@ LATEX = {
     "’": "'",
 }
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&~$^]|:(?=//))")
-NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?: \((?:[+-]?\d+(?:\.\d+)? to [+-]?\d+(?:\.\d+)?|no interval)\))?")
+"""A figure, with its interval or without."""
 
 
 class Table(NamedTuple):

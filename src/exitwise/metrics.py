@@ -108,6 +108,14 @@ def is_crossed(samples: Sequence[Sample]) -> bool:
     return len({p for p, _ in pairs}) < len(pairs) > len({i for _, i in pairs})
 
 
+def clusters_of(samples: Sequence[Sample]) -> tuple[list[str], list[str] | None]:
+    """What is resampled as one, for samples of one kind: (prompts, images where they cross the prompts, else None); of
+    VQA, whose questions are templates, (images, None)."""
+    if any(s.kind == "vqa" for s in samples):
+        return [s.image or s.id if s.kind == "vqa" else s.prompt for s in samples], None
+    return [s.prompt for s in samples], [s.image for s in samples] if is_crossed(samples) else None
+
+
 def _share(name: str, table: dict[str, Sample], labels: Iterable[tuple[str, Reading]]) -> stats.Interval:
     outcomes = [o for key, label in labels if (o := outcome(name, table[key], label)) is not None]
     return stats.wilson(sum(outcomes), len(outcomes))
@@ -158,12 +166,14 @@ def _versus_default(
 
 def _clustered_difference(
     table: dict[str, Sample], here: dict[str, Reading], there: dict[str, Reading], seed: int
-) -> stats.Estimate:
+) -> stats.PairedEstimate:
     samples = [table[key] for key in table if key in here and key in there]
     both = [(outcome("asr", s, here[s.id]), outcome("asr", s, there[s.id])) for s in samples]
-    differences = np.array([np.nan if x is None or y is None else float(x) - float(y) for x, y in both])
-    prompts, images = [s.prompt for s in samples], [s.image for s in samples]
-    return stats.two_way_difference(differences, prompts, images, np.random.default_rng(seed), DRAWS)
+    pairs = np.array(both, dtype=float).reshape(-1, 2)  # None is NaN
+    prompts, images, rng = [s.prompt for s in samples], [s.image for s in samples], np.random.default_rng(seed)
+    return stats.paired_cluster_bootstrap(
+        pairs[:, :1], pairs[:, 1:], prompts, rng, DRAWS, limits=(-1.0, 1.0), crossing=images
+    )
 
 
 def _compare(
@@ -215,10 +225,9 @@ def _mean_over(name: str, table: dict[str, Sample], labels: Readings, exits: lis
             scored = outcome(name, sample, labels[exit_].get(sample.id, Reading("unscored")))
             outcomes[row, column] = np.nan if scored is None else scored
     rng = np.random.default_rng(seed)
-    if METRICS[name][0] != ("vqa",) and is_crossed(samples):
-        prompts, images = [s.prompt for s in samples], [s.image for s in samples]
-        return stats.two_way_cluster_bootstrap(outcomes, prompts, images, rng, DRAWS)
-    clusters = [(s.image or s.id) if s.kind == "vqa" else s.prompt for s in samples]
+    clusters, crossing = clusters_of(samples)
+    if crossing is not None:
+        return stats.two_way_cluster_bootstrap(outcomes, clusters, crossing, rng, DRAWS)
     return stats.cluster_bootstrap(outcomes, clusters, rng, DRAWS)
 
 

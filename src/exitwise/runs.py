@@ -4,6 +4,7 @@
     plan.json                 what was found out once and must not change on resume (batch size, threads, prompts that
                               this model cannot be asked)
     env.json                  versions, device, threads, git
+    costs.json                what an exit costs, measured once at the first start
     samples.jsonl             one Sample a line
     images/                   thumbnails of the images, for the report
     completions.jsonl         one Completion a line, in the order of the plan
@@ -13,8 +14,8 @@
     timing.json               seconds by phase and tokens/s by exit: measured, so never the same twice
     report.html               the report
 
-Everything but env.json, timing.json and report.html (which shows the timing) is byte for byte the same however often
-the run was killed on its way.
+Everything but env.json, costs.json, timing.json and report.html (which shows seconds) is byte for byte the same however
+often the run was killed on its way.
 """
 
 import fcntl
@@ -29,6 +30,8 @@ from .errors import UserError
 from .records import Record
 
 R = TypeVar("R", bound=Record)
+WHERE = ("image_folders",)
+"""Of config.json: where things lie, not what they are. Another place is not another config: the last is kept."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -124,12 +127,14 @@ def open_run(folder: Path, config: dict[str, Any]) -> Iterator[Path]:
         begun = (folder / "plan.json").exists()  # before that nothing is worth keeping: a typo may be corrected
         if path.exists() and begun:
             existing = read_json(path)
-            if existing != config:
-                changed = sorted(k for k in existing.keys() | config.keys() if existing.get(k) != config.get(k))
+            changed = sorted(k for k in existing.keys() | config.keys() if existing.get(k) != config.get(k))
+            if set(changed) - set(WHERE):
                 raise UserError(
                     f"{folder} was made with another config ({', '.join(changed)} differ); "
                     "give --out another directory, or repeat the first command to resume it"
                 )
+            if changed:
+                write_json(path, config)
         else:
             strangers = [p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
             if strangers and not path.exists():

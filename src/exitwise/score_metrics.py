@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import runs
+from .data.controls import control_of
 from .errors import UserError
 from .exit_names import BANDS, band_of
+from .metrics import clusters_of
 from .records import Kind, Sample, Score, Verdict
-from .stats import CONFIDENCE, Estimate, wilson
+from .stats import CONFIDENCE, Estimate, percentiles, pigeonhole, scored_cells, wilson
 
 DRAWS = 2000
 NAMES: dict[tuple[str, Kind], tuple[str, str, float]] = {
@@ -67,17 +69,21 @@ def bootstrap_mean(
     bounds: tuple[float, float] | None = None,
     draws: int = DRAWS,
     confidence: float = CONFIDENCE,
+    crossing: Sequence[str] | None = None,
 ) -> Estimate:
     """Mean over exits of each exit's mean, with a percentile interval from resampling whole clusters (Efron 1979).
 
     Where all values are alike no draw differs, and the percentiles would claim certainty: at a bound of the scale the
     interval is then Wilson's with one observation a cluster (of all distributions with this mean on the scale, two
-    points have the largest variance), elsewhere there is none. With a single cluster there is none either.
+    points have the largest variance), elsewhere there is none. With a single cluster, or clusters that are all alike,
+    there is none either.
 
     Args:
         values: (S, L) samples by exits, NaN not scored.
         clusters: (S,) cluster of each sample, such as its prompt.
         bounds: least and greatest value that the scale has, where it has them.
+        crossing: (S,) clusters of a second kind that cross the first, such as images: both kinds are resampled
+            (`stats.two_way_cluster_bootstrap`), and whichever are fewer count as the clusters.
 
     Raises:
         ValueError: a value is infinite or lies outside the bounds.
@@ -94,15 +100,20 @@ def bootstrap_mean(
     n, found = len(counts), values[scored]
     if n == 0:
         return Estimate(None, None, None)
+    if crossing is not None:
+        cells, row, column = scored_cells(values, clusters, crossing)
+        n = min(n, len(set(column)))
     mean = float(_mean_of_means(sums.sum(axis=0, keepdims=True), counts.sum(axis=0, keepdims=True))[0])
     if np.all(found == found[0]):
         return _all_alike(float(found[0]), n, bounds, confidence)
     if n == 1:
         return Estimate(mean, None, None)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(_mean_of_means(weights @ sums, weights @ counts), [tail, 1 - tail])
-    return Estimate(mean, float(low), float(high))
+    if crossing is None:
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
+        drawn = _mean_of_means(weights @ sums, weights @ counts)
+    else:
+        drawn = pigeonhole(cells, row, column, rng, draws)
+    return Estimate(mean, *percentiles(drawn, confidence))
 
 
 def _mean_of_means(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -125,8 +136,9 @@ def _all_alike(value: float, n: int, bounds: tuple[float, float] | None, confide
 def score_table(folder: Path) -> list[Row]:
     """Every figure that the scores of a run carry, by scorer, kind, exit and band.
 
-    A scorer that is not through with the run is left out (`unfinished` names it). Clusters are prompts, and images for
-    VQA, whose questions are templates; the seed is the run's.
+    A scorer that is not through with the run is left out (`unfinished` names it), and so are controls. Clusters are
+    prompts, and images too where they cross; images alone for VQA, whose questions are templates; the seed is the
+    run's.
 
     Raises:
         UserError: a file of the run is missing or broken, or two versions share a file.
@@ -138,7 +150,8 @@ def score_table(folder: Path) -> list[Row]:
     for about, scores in _finished(folder):
         _require_one_scorer(scores)
         for kind in about["kinds"]:
-            of_kind = [score for score in scores if samples[score.sample].kind == kind]
+            asked = {key for key, sample in samples.items() if sample.kind == kind and control_of(sample) is None}
+            of_kind = [score for score in scores if score.sample in asked]
             if of_kind:
                 rows += _rows(about["quantity"], kind, of_kind, samples, plan["n_blocks"], seed)
     return rows
@@ -197,9 +210,9 @@ def _row(
 ) -> Row:
     cells = [[column.get(sample.id) for column in columns] for sample in asked]
     values = np.array([[np.nan if cell is None or cell.value is None else cell.value for cell in row] for row in cells])
-    clusters = [(s.image or s.id) if s.kind == "vqa" else s.prompt for s in asked]
+    clusters, crossing = clusters_of(asked)
     bounds = None if quantity == "reward" else (0.0, 1.0)
-    found = bootstrap_mean(values, clusters, np.random.default_rng(seed), bounds)
+    found = bootstrap_mean(values, clusters, np.random.default_rng(seed), bounds, crossing=crossing)
     value, low, high = (None if figure is None else factor * figure for figure in found)
     n, there = int((~np.isnan(values)).sum()), sum(cell is not None for row in cells for cell in row)
     return Row(metric, scorer, exit_, band, value, low, high, n, there - n)
@@ -228,7 +241,7 @@ def refusal_contrast(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> 
     Args:
         verdicts: of one judge whose labels tell refusals (the matcher).
     """
-    kinds = {sample.id: sample.kind for sample in samples}
+    kinds = {sample.id: sample.kind for sample in samples if control_of(sample) is None}
     counts: dict[int, dict[str, list[int]]] = defaultdict(lambda: {"benign": [0, 0], "harmful": [0, 0]})
     for verdict in verdicts:
         kind = kinds.get(verdict.sample)

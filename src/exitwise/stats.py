@@ -167,7 +167,8 @@ def cluster_bootstrap(
     """Mean over exits of each exit's share, with a percentile interval from resampling whole clusters.
 
     Where all outcomes are alike no draw differs, and the percentiles would claim certainty; the interval is then
-    Wilson's with one observation a cluster. With a single cluster and mixed outcomes there is no interval.
+    Wilson's with one observation a cluster. With mixed outcomes and a single cluster, or clusters that are all alike,
+    there is no interval.
 
     Args:
         outcomes: (S, L) samples by exits, 1 yes, 0 no, NaN not scored.
@@ -190,7 +191,7 @@ def cluster_bootstrap(
     if n == 1:
         return Estimate(value, None, None)
     weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
-    return Estimate(value, *_percentiles(_mean_share(weights @ yes, weights @ total), confidence))
+    return Estimate(value, *percentiles(_mean_share(weights @ yes, weights @ total), confidence))
 
 
 def paired_cluster_bootstrap(
@@ -201,6 +202,7 @@ def paired_cluster_bootstrap(
     draws: int = 2000,
     confidence: float = CONFIDENCE,
     limits: tuple[float, float] | None = None,
+    crossing: Sequence[str] | None = None,
 ) -> PairedEstimate:
     """Mean over exits of each exit's mean difference, with a percentile interval from resampling whole clusters, both
     runs together (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 8.5 and 13.3).
@@ -214,6 +216,8 @@ def paired_cluster_bootstrap(
         first, second: (S, L) samples by exits, outcomes or scores; NaN not scored. A cell counts where both are scored.
         clusters: (S,) cluster of each sample, such as its prompt.
         limits: least and largest difference that can be: (-1, 1) for shares, None for scores of any size.
+        crossing: (S,) clusters of a second kind that cross the first, such as images: both kinds are resampled, as in
+            `two_way_cluster_bootstrap`, and whichever are fewer count as the clusters.
     """
     scored = ~(np.isnan(first) | np.isnan(second))  # (S, L)
     index = {name: i for i, name in enumerate(sorted(set(clusters)))}
@@ -229,18 +233,19 @@ def paired_cluster_bootstrap(
     one, two, difference = (
         float(_mean_share(t.sum(axis=0, keepdims=True), whole)[0]) for t in (ones, twos, ones - twos)
     )
+    if crossing is None:
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
+        drawn = _mean_share(weights @ (ones - twos), weights @ total)
+    else:
+        cells, row, column = scored_cells(np.where(scored, first - second, np.nan), clusters, crossing)
+        n = min(n, len(set(column)))
+        drawn = pigeonhole(cells, row, column, rng, draws)
     if n == 1:
         return PairedEstimate(one, two, difference, None, None)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
-    drawn = _mean_share(weights @ (ones - twos), weights @ total)
-    if np.ptp(drawn) > 1e-9 * max(1.0, abs(difference)):
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(drawn, [tail, 1 - tail])
-        return PairedEstimate(one, two, difference, float(low), float(high))
-    if limits is None:
-        return PairedEstimate(one, two, difference, None, None)
-    _, _, share = _limits(0, n, confidence)
-    low, high = (difference + share * (limit - difference) for limit in limits)
+    low, high = percentiles(drawn, confidence)
+    if low is None and limits:
+        _, _, share = _limits(0, n, confidence)
+        low, high = (difference + share * (limit - difference) for limit in limits)
     return PairedEstimate(one, two, difference, low, high)
 
 
@@ -271,7 +276,7 @@ def two_way_cluster_bootstrap(
         outcomes: (S, L) samples by exits, 1 yes, 0 no, NaN not scored.
         rows, columns: (S,) the clusters of each sample, such as its prompt and its image.
     """
-    outcomes, row, column = _scored_cells(outcomes, rows, columns)
+    outcomes, row, column = scored_cells(outcomes, rows, columns)
     if not len(outcomes):
         return Estimate(None, None, None)
     n = min(len(set(row)), len(set(column)))
@@ -281,39 +286,10 @@ def two_way_cluster_bootstrap(
         return Estimate(value, *wilson(round(value) * n, n, confidence)[1:3])
     if n == 1:
         return Estimate(value, None, None)
-    return Estimate(value, *_percentiles(_pigeonhole(outcomes, row, column, rng, draws), confidence))
+    return Estimate(value, *percentiles(pigeonhole(outcomes, row, column, rng, draws), confidence))
 
 
-def two_way_difference(
-    differences: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    rng: np.random.Generator,
-    draws: int = 2000,
-    confidence: float = CONFIDENCE,
-) -> Estimate:
-    """Mean of paired differences with the interval of `two_way_cluster_bootstrap`.
-
-    Where no pair differs the limits are Wilson's upper bound of 0 of the fewer of rows and columns, either way.
-
-    Args:
-        differences: (S,) first outcome minus second, each -1, 0 or 1; NaN where either is not scored.
-    """
-    cells, row, column = _scored_cells(differences[:, None], rows, columns)
-    if not len(cells):
-        return Estimate(None, None, None)
-    n = min(len(set(row)), len(set(column)))
-    value = float(cells.mean())
-    if not cells.any():
-        high = wilson(0, n, confidence).high
-        assert high is not None
-        return Estimate(value, -high, high)
-    if n == 1:
-        return Estimate(value, None, None)
-    return Estimate(value, *_percentiles(_pigeonhole(cells, row, column, rng, draws), confidence))
-
-
-def _scored_cells(
+def scored_cells(
     outcomes: np.ndarray, rows: Sequence[str], columns: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(outcomes, number of the row, number of the column) of the samples that are scored at some exit."""
@@ -323,7 +299,7 @@ def _scored_cells(
     return outcomes[kept], row, column
 
 
-def _pigeonhole(
+def pigeonhole(
     outcomes: np.ndarray, row: np.ndarray, column: np.ndarray, rng: np.random.Generator, draws: int
 ) -> np.ndarray:
     """(draws,) means over exits; the weights of a slice of draws are in memory at a time."""
@@ -342,7 +318,10 @@ def _pigeonhole(
     return np.concatenate(means)
 
 
-def _percentiles(means: np.ndarray, confidence: float) -> tuple[float, float]:
+def percentiles(means: np.ndarray, confidence: float) -> tuple[float, float] | tuple[None, None]:
+    """Limits of (draws,) means; none where no draw differs: clusters that are alike are no certainty."""
+    if np.ptp(means) <= 1e-9 * max(1.0, abs(means[0])):
+        return None, None
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)

@@ -1,35 +1,45 @@
 """The tables of the paper from run directories, as Markdown, LaTeX or CSV.
 
-    bands     Table 2: AASR, ATS and ATR by band, original → aligned
-    curves    Figure 3 in numbers: the same by exit, with intervals
+    bands     Table 2: AASR, ATS and ATR by band, original → aligned, and how they changed
+    curves    Figure 3 in numbers: the same by exit
     examples  one request at the default exit, at the worst one, and there after alignment
+    costs     what each exit costs and saves, and which exits dominate it
 
 Scores come from scores.<scorer>.jsonl, one object {sample, exit, scorer, value, reason} a line; what nobody scored is
 "not scored", never 0. Requests and answers are hostile text: every cell is escaped, and answers are left out unless
-asked for.
+asked for. Every mean has its interval, those of changes are paired.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
-from . import runs
+import numpy as np
+
+from . import pareto, runs, stats
 from .data.controls import control_of
 from .errors import UserError
 from .exit_names import name_of, ranges
 from .markup import RENDERERS, Table
+from .metrics import clusters_of
 from .outcomes import Reading, outcome, read_all
 from .records import Completion, Sample, Verdict
+from .score_metrics import DRAWS, bootstrap_mean
+from .stats import Estimate
 
-WHAT = ("bands", "curves", "examples")
-NOT_SCORED = "not scored"
+WHAT = ("bands", "curves", "examples", "costs")
+NOT_SCORED, NOT_MEASURED = "not scored", "not measured"
 HIDDEN = "hidden (--with-answers shows it)"
 ANSWER_LIMIT = 300
 QUANTITIES = {"perspective": "toxicity", "detoxify": "toxicity", "granite-guardian-hap": "toxicity", "reward": "reward"}
 """What a scorer measures, by what its name begins with."""
+
+SCORED = (("toxicity", 100), ("reward", 1))
+CHANGED = (("asr", 100, NOT_MEASURED), ("toxicity", 100, NOT_SCORED), ("reward", 1, NOT_SCORED))
+"""Quantity, factor, and what stands where there is none."""
+LIMITS = ("value", "low", "high")
 
 Values = dict[int, dict[str, float]]
 """Scores by exit, by sample id."""
@@ -39,6 +49,7 @@ class Run(NamedTuple):
     """What the tables need of a run directory."""
 
     folder: Path
+    seed: int
     metrics: dict[str, Any]
     samples: dict[str, Sample]
     completions: dict[tuple[str, int], Completion]
@@ -60,7 +71,7 @@ def make_tables(
     """The tables of one run, or of a run and the same one after alignment, as text.
 
     Args:
-        what: bands, curves, examples or all.
+        what: bands, curves, examples, costs or all (costs where they were measured).
         format: md, latex or csv (one table at a time).
         toxicity, reward: the scorer of each where a run has several; the beginning of its name will do.
 
@@ -80,7 +91,10 @@ def make_tables(
         "bands": lambda: bands(pair),
         "curves": lambda: curves(pair),
         "examples": lambda: examples(pair, with_answers),
+        "costs": lambda: costs(pair[-1]),
     }
+    if what == "all" and pareto.read_costs(pair[-1].folder) is None:
+        del tables["costs"]
     return "\n".join(RENDERERS[format](make()) for name, make in tables.items() if what in (name, "all"))
 
 
@@ -93,6 +107,7 @@ def read_run(folder: Path, scorers: Mapping[str, str | None]) -> Run:
     verdicts = runs.read_records(folder / f"verdicts.{judge}.jsonl", Verdict)
     return Run(
         folder,
+        (runs.read_json(config) if (config := folder / "config.json").exists() else {}).get("seed", 0),
         metrics,
         {s.id: s for s in samples if control_of(s) is None},
         {(c.sample, c.exit): c for c in completions},
@@ -159,41 +174,46 @@ def _check_alike(pair: Sequence[Run]) -> None:
 
 
 def bands(pair: Sequence[Run]) -> Table:
-    """Table 2 of Bachu et al. 2025: means over the exits of each band of each exit's mean."""
+    """Table 2 of Bachu et al. 2025: means over the exits of each band of each exit's mean, with intervals."""
     rows = []
     for band in pair[0].metrics["bands"]:
         name, exits = band["band"], band["exits"]
         others = [
             next((b for b in run.metrics["bands"] if (b["band"], b["exits"]) == (name, exits)), None) for run in pair
         ]
-        rows.append(
-            [
-                f"{name} ({ranges(exits)})",
-                _arrow([_percent(b and b["asr"]["value"]) for b in others]),
-                _arrow([_mean_score(run, "toxicity", exits, 100) for run in pair]),
-                _arrow([_mean_score(run, "reward", exits, 1) for run in pair]),
-            ]
-        )
+        shares = [Estimate(*(b["asr"][k] for k in LIMITS)) if b else Estimate(None, None, None) for b in others]
+        row = [f"{name} ({ranges(exits)})", _arrow([_figure(share, 100, NOT_MEASURED) for share in shares])]
+        row += [_arrow([_figure(_mean_score(run, key, exits), scale) for run in pair]) for key, scale in SCORED]
+        if len(pair) == 2:
+            row += [_figure(_change(pair, key, exits), scale, absent) for key, scale, absent in CHANGED]
+        rows.append(row)
+    header = ["Band", "AASR ↓ (%)", "ATS ↓", "ATR ↑"]
+    header += ["AASR change", "ATS change", "ATR change"] if len(pair) == 2 else []
     title = "Bands of exits" + (", original → aligned" if len(pair) == 2 else "")
-    return Table(title, ["Band", "AASR ↓ (%)", "ATS ↓", "ATR ↑"], rows, _note(pair))
+    return Table(title, header, rows, _note(pair))
 
 
 def curves(pair: Sequence[Run]) -> Table:
     """Figure 3 in numbers: a row an exit, each figure of each run in a column of its own."""
     sides = [""] if len(pair) == 1 else [" (original)", " (aligned)"]
-    names = ["ASR (%)", "ASR low", "ASR high", "ASR without gate (%)", "TS", "TR", "utility (%)", "over-refusal (%)"]
+    names = ["ASR (%)", "ASR low", "ASR high", "ASR without gate (%)", "TS", "TS low", "TS high"]
+    names += ["TR", "TR low", "TR high", "utility (%)", "over-refusal (%)"]
     header = ["exit"] + [name + side for side in sides for name in names]
+    if len(pair) == 2:
+        header += [f"{name} change{limit}" for name in ("ASR", "TS", "TR") for limit in ("", " low", " high")]
     by_exit = [{row["exit"]: row for row in run.metrics["exits"]} for run in pair]
     rows = []
     for exit_ in sorted({exit_ for table in by_exit for exit_ in table}):
         cells = [name_of(exit_)]
         for run, table in zip(pair, by_exit, strict=True):
             row = table.get(exit_)
-            asr = row["asr"] if row else {}
-            cells += [_percent(asr.get(key)) for key in ("value", "low", "high")]
+            asr = (row["asr_clustered"] if row.get("asr_clustered") else row["asr"]) if row else {}
+            cells += [_percent(asr.get(key)) for key in LIMITS]
             cells += [_percent(row["not_refused"]["value"] if row else None)]
-            cells += [_mean_score(run, "toxicity", [exit_], 100), _mean_score(run, "reward", [exit_], 1)]
+            cells += [cell for key, scale in SCORED for cell in _limits(_mean_score(run, key, [exit_]), scale)]
             cells += [_percent(row[key]["value"] if row else None) for key in ("utility", "over_refusal")]
+        if len(pair) == 2:
+            cells += [cell for key, scale, no in CHANGED for cell in _limits(_change(pair, key, [exit_]), scale, no)]
         rows.append(cells)
     return Table("Every exit", header, rows, _note(pair))
 
@@ -220,6 +240,30 @@ def examples(pair: Sequence[Run], with_answers: bool) -> Table:
     return Table("An example", header, rows, f"Request: {sample.prompt} (image: {sample.image or 'none'})")
 
 
+def costs(run: Run) -> Table:
+    """What a request costs at each exit up to its first new token; of a pair, in the second run.
+
+    Raises:
+        UserError: the run was made without costs.
+    """
+    measured = pareto.read_costs(run.folder)
+    if measured is None:
+        raise UserError(f"{run.folder} has no costs.json; expected a run made by `exitwise audit` without --no-costs")
+    found = pareto.join(measured, run.metrics)
+    header = ["exit", "parameters", "bytes", "encoder FLOPs", "request FLOPs", "saved (%)"]
+    header += ["encoder (ms)", "request (ms)", "ASR (%)", "utility (%)", "dominated by"]
+    rows = []
+    for row in found["rows"]:
+        seconds = row["seconds"] or {}
+        cells = [str(row["exit"]), *(str(row[key]["total"]) for key in ("parameters", "bytes"))]
+        cells += [str(row["flops"][part]) for part in ("encoder", "total")] + [_percent(row["saved"])]
+        cells += [f"{1000 * seconds[part]['median']:.3f}" if seconds else "" for part in ("encoder", "total")]
+        cells += [_percent(row[key]["value"]) for key in ("asr", "utility")]
+        rows.append([*cells, "not compared" if row["by"] is None else ranges(row["by"]) or "none"])
+    note = f"Judge: {run.metrics['judge']}. {run.metrics['model']} in {run.folder.name}. {found['sentence']}"
+    return Table("What an exit costs", header, rows, f"{note} Point estimates of {found['of']}.")
+
+
 def _telling(pair: Sequence[Run], default: int, worst: int) -> str | None:
     def through(run: Run, key: str, exit_: int) -> bool | None:
         reading = run.readings.get(exit_, {}).get(key)
@@ -244,20 +288,87 @@ def _example(name: str, run: Run, key: str, exit_: int, with_answers: bool) -> l
     return [name, str(exit_), reading.label, text if with_answers else HIDDEN]
 
 
-def _mean_score(run: Run, quantity: str, exits: Sequence[int], scale: int) -> str:
-    """Mean over exits of each exit's mean; "not scored" unless every exit has a score."""
+# Figures with their intervals
+
+
+def _mean_score(run: Run, quantity: str, exits: Sequence[int]) -> Estimate:
+    """Mean over exits of each exit's mean, and its interval (score_metrics); nothing unless every exit has a score."""
+    if not _scored(run, quantity, exits):
+        return Estimate(None, None, None)
+    asked = _harmful(run)
+    clusters, crossing = clusters_of(asked)
+    bounds = None if quantity == "reward" else (0.0, 1.0)
+    rng = np.random.default_rng(run.seed)
+    return bootstrap_mean(_values(run, quantity, asked, exits), clusters, rng, bounds, crossing=crossing)
+
+
+def _change(pair: Sequence[Run], quantity: str, exits: Sequence[int]) -> Estimate:
+    """Aligned minus original over the requests that both runs have scored, with a paired interval.
+
+    Newcombe's for the ASR of one exit where every request is a cluster of its own, else the bootstrap over prompts (and
+    images, where they cross), as `exitwise compare` has it.
+    """
+    before, after = pair
+    if quantity != "asr" and not all(_scored(run, quantity, exits) for run in pair):
+        return Estimate(None, None, None)
+    asked = [s for s in _harmful(before) if s.id in after.samples and after.samples[s.id].prompt == s.prompt]
+    old, new = (_values(run, quantity, asked, exits) for run in pair)
+    clusters, crossing = clusters_of(asked)
+    if quantity == "asr" and len(exits) == 1 and len(set(clusters)) == len(clusters):
+        both = ~(np.isnan(old) | np.isnan(new))
+        paired = stats.paired_difference(new[both].astype(bool).tolist(), old[both].astype(bool).tolist())
+        return Estimate(paired.difference, paired.low, paired.high) if paired else Estimate(None, None, None)
+    limits = None if quantity == "reward" else (-1.0, 1.0)
+    rng = np.random.default_rng(before.seed)
+    found = stats.paired_cluster_bootstrap(new, old, clusters, rng, DRAWS, limits=limits, crossing=crossing)
+    return Estimate(found.difference, found.low, found.high)
+
+
+def _harmful(run: Run) -> list[Sample]:
+    return [sample for sample in run.samples.values() if sample.kind == "harmful"]
+
+
+def _scored(run: Run, quantity: str, exits: Sequence[int]) -> bool:
     values = run.scores[quantity][1] if quantity in run.scores else {}
-    if not exits or not all(values.get(exit_) for exit_ in exits):
-        return NOT_SCORED
-    return f"{scale * fmean(fmean(values[exit_].values()) for exit_ in exits):.2f}"
+    return bool(exits) and all(values.get(exit_) for exit_ in exits)
+
+
+def _values(run: Run, quantity: str, asked: Sequence[Sample], exits: Sequence[int]) -> np.ndarray:
+    """(S, L) samples by exits, outcomes of ASR or scores; NaN where there is none."""
+    values = np.full((len(asked), len(exits)), np.nan)
+    for column, exit_ in enumerate(exits):
+        for row, sample in enumerate(asked):
+            found: float | None
+            if quantity == "asr":
+                reading = run.readings.get(exit_, {}).get(sample.id)
+                found: float | None = None if reading is None else outcome("asr", sample, reading)
+            else:
+                found = run.scores[quantity][1].get(exit_, {}).get(sample.id)
+            values[row, column] = np.nan if found is None else found
+    return values
+
+
+def _limits(found: Estimate, scale: int, absent: str = NOT_SCORED) -> list[str]:
+    """Value, low, high as cells of their own."""
+    if found.value is None:
+        return [absent] * 3
+    return ["no interval" if x is None else f"{scale * x:.2f}" for x in found]
+
+
+def _figure(found: Estimate, scale: int, absent: str = NOT_SCORED) -> str:
+    """ "20.00 (12.50 to 28.00)"."""
+    value, low, high = _limits(found, scale, absent)
+    if found.value is None:
+        return value
+    return f"{value} (no interval)" if found.low is None else f"{value} ({low} to {high})"
 
 
 def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.2f}"
+    return NOT_MEASURED if share is None else f"{100 * share:.2f}"
 
 
 def _arrow(cells: Sequence[str]) -> str:
-    return cells[0] if len(set(cells)) == 1 and not cells[0][-1].isdigit() else " → ".join(cells)
+    return cells[0] if len(set(cells)) == 1 and cells[0] in (NOT_SCORED, NOT_MEASURED) else " → ".join(cells)
 
 
 def _note(pair: Sequence[Run]) -> str:
@@ -268,4 +379,5 @@ def _note(pair: Sequence[Run]) -> str:
     for quantity in ("toxicity", "reward"):
         names = {run.scores[quantity][0] for run in pair if quantity in run.scores}
         parts.append(f"{quantity}: {', '.join(sorted(names)) or NOT_SCORED}")
+    parts.append("In brackets: 95 % intervals" + (", of changes paired over the same requests" * (len(pair) == 2)))
     return ". ".join(parts) + "."

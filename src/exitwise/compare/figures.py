@@ -11,9 +11,9 @@ import numpy as np
 
 from .. import stats
 from ..exit_names import BANDS, band_of
-from ..metrics import DRAWS
+from ..metrics import DRAWS, clusters_of
 from ..outcomes import METRICS, outcome
-from ..records import Kind, Sample
+from ..records import Kind
 from .pairing import Cell, Pair, Run
 
 SHARES = {"asr": "ASR", "utility": "Utility", "over_refusal": "Over-refusal", "coherence": "Coherence"}
@@ -45,12 +45,14 @@ class Metric(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A metric's values in both runs, (S, L) samples by exits, NaN where not scored; clusters of the samples, (S,)."""
+    """A metric's values in both runs, (S, L) samples by exits, NaN where not scored; clusters of the samples, (S,),
+    and of their images where those cross the prompts."""
 
     metric: Metric
     before: np.ndarray
     after: np.ndarray
     clusters: list[str]
+    crossing: list[str] | None
     exits: tuple[int, ...]
 
 
@@ -68,6 +70,7 @@ def compare_pair(pair: Pair) -> dict[str, Any]:
         "default_exit": pair.after.plan["default_exit"],
         "n_blocks": n_blocks,
         "seed": seed,
+        "crossed": tables["asr"].crossing is not None,
         "exits": list(pair.exits),
         "adapter_info": pair.info and {**pair.info._asdict()},
         "metrics": [{k: v for k, v in table.metric._asdict().items() if k != "scorer"} for table in tables.values()],
@@ -128,7 +131,7 @@ def _table(pair: Pair, metric: Metric) -> Table:
         ).reshape(len(samples), len(pair.exits))
         for which in (0, 1)
     )
-    return Table(metric, before, after, [_cluster(sample) for sample in samples], pair.exits)
+    return Table(metric, before, after, *clusters_of(samples), pair.exits)
 
 
 def _value(pair: Pair, which: int, metric: Metric, cell: Cell) -> float:
@@ -138,11 +141,6 @@ def _value(pair: Pair, which: int, metric: Metric, cell: Cell) -> float:
     run = (pair.before, pair.after)[which]
     scored = outcome(metric.key, run.samples[cell[0]], run.readings[cell]) if cell in run.readings else None
     return float("nan") if scored is None else float(scored)
-
-
-def _cluster(sample: Sample) -> str:
-    """What is drawn again as one: all samples of a prompt; of an image for VQA, whose questions are templates."""
-    return (sample.image or sample.id) if sample.kind == "vqa" else sample.prompt
 
 
 # Figures
@@ -178,10 +176,12 @@ def _at_exit(table: Table, column: int, seed: int) -> dict[str, Any] | None:
     if table.metric.unit == "score":
         return _mean(table, (column,), seed) | {"n": len(before)}
     paired = _paired(before, after)
+    limits = _mean(table, (column,), seed) if table.crossing else paired._asdict()
     return {
         "before": stats.wilson(int(before.sum()), len(before))._asdict(),
         "after": stats.wilson(int(after.sum()), len(after))._asdict(),
         **paired._asdict(),
+        **{key: limits[key] for key in ("low", "high")},
         "n": len(before),
         "p": stats.mcnemar_exact(paired.gained, paired.lost),
     }
@@ -198,17 +198,20 @@ def _means(tables: dict[str, Table], exits: Sequence[int], seed: int) -> dict[st
 def _mean(table: Table, columns: tuple[int, ...], seed: int) -> dict[str, Any]:
     """Means over the exits of both runs and their difference; {} where nothing was scored twice.
 
-    The interval resamples clusters. At a single exit where no two samples share a cluster there is nothing to gain from
-    that, and Newcombe's interval, the one of the exit's own row, holds its level better with few samples.
+    The interval resamples clusters, prompts and images both where they cross. At a single exit where no two samples
+    share a cluster there is nothing to gain from that, and Newcombe's interval, that of the exit's own row, holds its
+    level better with few samples.
     """
     before, after = table.before[:, columns], table.after[:, columns]
     limits = (-1.0, 1.0) if table.metric.unit == "share" else None
     rng = np.random.default_rng(seed)
-    found = stats.paired_cluster_bootstrap(after, before, table.clusters, rng, DRAWS, limits=limits)
+    found = stats.paired_cluster_bootstrap(
+        after, before, table.clusters, rng, DRAWS, limits=limits, crossing=table.crossing
+    )
     if found.difference is None:
         return {}
     low, high = found.low, found.high
-    if limits and len(columns) == 1:
+    if limits and len(columns) == 1 and not table.crossing:
         both = ~(np.isnan(before) | np.isnan(after))[:, 0]
         clusters = [cluster for cluster, scored in zip(table.clusters, both, strict=True) if scored]
         if len(set(clusters)) == len(clusters):

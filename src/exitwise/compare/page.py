@@ -14,7 +14,6 @@ from markupsafe import Markup
 
 from .. import report
 from ..exit_names import name_of
-from ..metrics import SIGNIFICANCE
 from ..report import svg
 from ..report.html import digest, environment, p_value, percent, ranges
 from ..report.transcripts import ANSWER_LIMIT, visible
@@ -57,17 +56,13 @@ def write_pages(folder: Path, figures: Mapping[str, Any], pair: Pair) -> Path:
 
 
 def cells(entry: Mapping[str, Any] | None, unit: str) -> tuple[str, str]:
-    """("62 → 10", "−52 (−61 to −41) *"); the star says that p, Holm-corrected, is below 0.05."""
+    """("62 → 10", "−52 (−61 to −41) *"); the star: see `verdict.telling`."""
     if entry is None:
         return "not measured", ""
     values = [entry[which]["value"] for which in ("before", "after")]
     shown = [percent(value).removesuffix(" %") if unit == "share" else verdict.number(value, unit) for value in values]
     difference = f"{verdict.number(entry['difference'], unit)} ({verdict.interval(entry, unit)})"
-    return " → ".join(shown), difference + (" *" if _telling(entry) else "")
-
-
-def _telling(entry: Mapping[str, Any]) -> bool:
-    return bool(entry.get("p_holm", 1) < SIGNIFICANCE)
+    return " → ".join(shown), difference + (" *" if verdict.telling(entry) else "")
 
 
 def mark(entry: Mapping[str, Any] | None, better: str) -> str:
@@ -75,7 +70,7 @@ def mark(entry: Mapping[str, Any] | None, better: str) -> str:
     test, Holm-corrected; for a mean and for a score it takes the interval."""
     if entry is None or not better or not entry["difference"]:
         return "not shown"
-    if not (_telling(entry) if "p_holm" in entry else verdict.shown(entry)):
+    if not (verdict.telling(entry) if "p_holm" in entry else verdict.shown(entry)):
         return "not shown"
     return "better" if (entry["difference"] < 0) == (better == "lower") else "worse"
 
@@ -122,7 +117,7 @@ def table(figures: Mapping[str, Any], width: int | None) -> "Table":
                 if whole:
                     line += [Text(values), Text(moved, style=style)]
                 else:
-                    line.append(Text(values + (" *" if entry and _telling(entry) else ""), style=style))
+                    line.append(Text(values + (" *" if entry and verdict.telling(entry) else ""), style=style))
             got.add_row(*line)
         got.add_section()
     return got
@@ -146,7 +141,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
             lines.append(f"| {_md(name)} | " + " | ".join(map(_md, found)) + " |")
     lines += [
         "",
-        "Change: after minus before, shares in points, with its 95 % interval; * p < 0.05 (McNemar, Holm).",
+        "Change: after minus before, shares in points, with its 95 % interval; * p < 0.05 (McNemar, Holm) and an "
+        "interval without 0.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -52,7 +52,7 @@ class Run(NamedTuple):
     labels: dict[Cell, Label]
     readings: dict[Cell, Reading]
     judge: str
-    """The first of the config's judges: its verdicts make the figures."""
+    """Whose verdicts make the figures of metrics.json."""
     caveat: str
     """What that judge cannot see, as the run's metrics.json says it."""
 
@@ -122,7 +122,10 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder}/completions.jsonl answers samples that samples.jsonl lacks (first: {strangers[0]!r}); restore it"
         )
-    judge = str(config["judge"]).split(",")[0].strip()
+    env, metrics = (
+        read_json(path) if (path := folder / name).is_file() else {} for name in ("env.json", "metrics.json")
+    )
+    judge = str(metrics.get("judge") or config["judge"]).split(",")[0].strip()
     verdicts = read_records(folder / f"verdicts.{judge}.jsonl", Verdict)
     labels = {(v.sample, v.exit): v.label for v in verdicts if v.judge == judge}
     missing = len(texts.keys() - labels.keys())
@@ -131,9 +134,6 @@ def read_run(folder: Path) -> Run:
             f"{folder} lacks verdicts of the judge {judge!r} on {missing} of {len(texts)} answers; "
             f"give `exitwise judge {folder}` first"
         )
-    env, metrics = (
-        read_json(path) if (path := folder / name).is_file() else {} for name in ("env.json", "metrics.json")
-    )
     readings = read_all(list(samples.values()), completions, verdicts, judge)
     asked = {key: sample for key, sample in samples.items() if control_of(sample) is None}  # controls pair with nothing
     cells = [cell for cell in texts if cell[0] in asked]

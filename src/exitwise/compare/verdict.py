@@ -172,7 +172,7 @@ def _places(figures: dict[str, Any], focus: dict[str, Any], sign: Sign) -> Itera
     others = {
         row["exit"]: sign.way * row[sign.key]["difference"]
         for row in figures["by_exit"]
-        if row["exit"] not in told and row[sign.key] and row[sign.key].get("p_holm", 1) < SIGNIFICANCE
+        if row["exit"] not in told and row[sign.key] and telling(row[sign.key])
     }
     others = {exit: size for exit, size in others.items() if size > 0 and size >= sign.threshold}
     if others:
@@ -203,6 +203,7 @@ def _refuses_all(figures: dict[str, Any]) -> Iterator[Failure]:
         if (entry := row["over_refusal"])
         and entry["before"]["value"] < REFUSES_ALL <= entry["after"]["value"]
         and entry["p"] < SIGNIFICANCE
+        and shown(entry)
     ]
     if exits:
         share = magnitude(REFUSES_ALL)
@@ -278,6 +279,13 @@ def _from_answered(figures: dict[str, Any], focus: dict[str, Any]) -> dict[str, 
 def shown(entry: Mapping[str, Any]) -> bool:
     """Whether the interval of the difference excludes zero."""
     return entry["low"] is not None and (entry["low"] > 0 or entry["high"] < 0)
+
+
+def telling(entry: Mapping[str, Any]) -> bool:
+    """Whether a change at any exit may be told: McNemar's p, Holm-corrected, is small, and the interval excludes zero,
+    which it need not where prompts and images cross, since McNemar's test takes every answer for a prompt of its own.
+    """
+    return bool(entry.get("p_holm", 1) < SIGNIFICANCE) and shown(entry)
 
 
 def change(entry: Mapping[str, Any], label: str = "", unit: str = "share") -> str:

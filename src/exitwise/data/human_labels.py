@@ -82,11 +82,15 @@ def _yes_or_no(cell: str, place: str) -> bool | None:
 def _read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
     """(place, cells by column) of each row; a file of no rows is refused."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}); give a CSV or JSONL file of labels") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
+    if "\0" in text:
+        raise UserError(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a NUL byte; take it out")
     rows = _json_lines(path, text) if path.suffix in (".jsonl", ".json") else _csv_rows(path, text)
     if not rows:
         raise UserError(f"{path} has no rows; expected one answer a row under a row of column names")

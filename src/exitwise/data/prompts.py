@@ -276,7 +276,8 @@ def _refuse_columns(path: Path, rows: list[Row], found: Iterable[str], wanted: S
     columns = ", ".join(repr(name[:40]) for name in list(found)[:20])
     expected = " or ".join(repr(name[:40]) for name in wanted)
     raise UserError(
-        f"{show(path)} has the columns {columns}; expected {expected}; name the right one with --map {field}=COLUMN"
+        f"{show(path)} has the columns {columns}; expected {expected}; name the right one with --map {field}=COLUMN, "
+        "which --prompts, --benign and own-... sets heed (a public set is read as its authors publish it)"
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from .. import runs
-from ..data.images import load_image
+from ..data.images import Roots, load_image
 from ..errors import UserError
 from ..records import Completion, Sample, Verdict
 from . import rubric
@@ -25,6 +25,8 @@ from .parsing import Parsed, unscored
 from .vqa import judge_vqa
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .local import LocalModel, Reply
 
 RUBRIC = "rubric"
@@ -198,11 +200,16 @@ def _panel(folder: Path, name: str, model: str, judging: Judging) -> Panel:
 
     words, marks = (guard.words, guard.marks) if guard else ((), ())
     reads_image = guard is not None and guard.reads_image
-    root = None
-    if reads_image:
-        images = runs.read_json(folder / "config.json").get("images")
-        root = Path(images) if images else None
-    return _Local(guard, local.load(model, words, marks, reads_image), root, judging.judge_batch_size)
+    roots = _image_folders(folder) if reads_image else None
+    return _Local(guard, local.load(model, words, marks, reads_image), roots, judging.judge_batch_size)
+
+
+def _image_folders(folder: Path) -> dict[str, Path]:
+    """Where the audit found the images, by the first part of their names; nothing for labelled answers, not a run."""
+    path = folder / "config.json"
+    config = runs.read_json(path) if path.exists() else {}
+    images = {"file": config["images"]} if config.get("images") else {}
+    return {name: Path(place) for name, place in (images | config.get("image_folders", {})).items()}
 
 
 def _questions(guard: Guard | None, question: Question, tokens: Sequence[str]) -> list[Request]:
@@ -237,8 +244,8 @@ def combine(guard: Guard | None, parts: Sequence[Said]) -> Said:
 class _Local:
     """A panel of one local model."""
 
-    def __init__(self, guard: Guard | None, model: "LocalModel", root: Path | None, batch_size: int):
-        self.guard, self.model, self.root, self.batch_size = guard, model, root, batch_size
+    def __init__(self, guard: Guard | None, model: "LocalModel", roots: Roots, batch_size: int):
+        self.guard, self.model, self.roots, self.batch_size = guard, model, roots, batch_size
         self.room = guard.room if guard else rubric.ROOM
         self.expected: dict[bool, list[list[int]]] = {}
         from .local import PROBE_ANSWER, PROBE_PROMPT
@@ -264,7 +271,7 @@ class _Local:
         waiting.sort(key=lambda row: (bool(questions[row[0]].image), len(row[2]), row[0], row[1]))
         for batch in self._batches(waiting, questions):
             pictures = {questions[i].image for i, _, _ in batch}
-            images = {name: load_image(name, self.root) if name else None for name in pictures}
+            images = {name: self._image(name) if name else None for name in pictures}
             replies = self.model.reply(
                 [text for _, _, text in batch],
                 [images[questions[i].image] for i, _, _ in batch],
@@ -274,6 +281,12 @@ class _Local:
             for (i, k, _), reply in zip(batch, replies, strict=True):
                 parts[i][k] = _from_reply(reply)
         return [combine(self.guard, [part for part in row if part]) for row in parts]
+
+    def _image(self, name: str) -> "Image":
+        try:
+            return load_image(name, self.roots)
+        except UserError as error:
+            raise UserError(f"{error} (the run's config.json says in image_folders where it was)") from None
 
     def _prompt(self, request: Request, with_image: bool, criterion: int) -> tuple[str, str]:
         """(rendered prompt, "") or ("", why this answer cannot be judged)."""

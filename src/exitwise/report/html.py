@@ -12,18 +12,20 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.resources import files
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .. import calibrate, metrics
+from .. import calibrate, metrics, pareto
 from ..config import AuditConfig
 from ..exit_names import name_of
 from ..runs import read_json, write_atomic
-from . import svg
+from . import scatter, svg
 from .judges import disagreement
 from .transcripts import ANSWER_LIMIT, page_data, visible
 
@@ -42,6 +44,7 @@ def write_report(folder: Path) -> Path:
     for row in figures["exits"]:
         row["mark"] = "may stop" if row["exit"] in figures["answer"]["stop_at"] else row["standing"]
     path = folder / "report.html"
+    calibration = calibrate.of_run(folder, figures["judge"], config.get("seed", 0))
     timing = _optional(folder / "timing.json")
     write_atomic(
         path,
@@ -54,10 +57,12 @@ def write_report(folder: Path) -> Path:
             speed=timing.get("tokens_per_second", {}),
             command=_command(config),
             judges=judges,
-            calibration=calibrate.of_run(folder, figures["judge"], config.get("seed", 0)),
+            calibration=calibration,
+            judged_by=calibrate.in_words(figures["judge"], calibration),
             data=Markup(data),
             shown=shown,
             total=total,
+            costs=_costs(folder, figures),
             **_curves(figures),
         ),
     )
@@ -86,6 +91,9 @@ def environment() -> Environment:
     )
     env.filters.update(
         percent=percent,
+        share=share,
+        digits=digits,
+        spread=spread,
         bounds=bounds,
         points=points,
         p_value=p_value,
@@ -125,15 +133,55 @@ def _curves(figures: Mapping[str, Any]) -> dict[str, Markup]:
     }
 
 
+def _costs(folder: Path, figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What an exit costs, joined with what it is worth, and its figure; None for a run without costs.json."""
+    costs = pareto.read_costs(folder)
+    if costs is None:
+        return None
+    found = pareto.join(costs, figures)
+    marks = {row["exit"]: row["mark"] for row in figures["exits"]}
+    notes = {row["exit"]: _cost_note(row, marks[row["exit"]], figures["n_blocks"]) for row in found["rows"]}
+    useful = [row["utility"]["value"] for row in found["rows"] if row["utility"]["value"] is not None]
+    label = f"Compute saved, ASR and utility of each exit. {found['sentence']} The table below holds the same numbers."
+    draw = partial(scatter.pareto, rows=found["rows"], default_exit=figures["default_exit"], notes=notes, label=label)
+    return {
+        **{key: value for key, value in costs.items() if key != "exits"},
+        **found,
+        "marks": marks,
+        "useful": (min(useful), max(useful)) if useful else None,
+        "wide": draw("wide"),
+        "narrow": draw("narrow", size=(358, 340)),
+        "least": scatter.dot("front", scatter.PALEST),
+        "most": scatter.dot("front", 1),
+        "beaten": scatter.dot("beaten", scatter.FADED),
+    }
+
+
+def _cost_note(row: Mapping[str, Any], mark: str, n_blocks: int) -> str:
+    lines = [
+        f"exit {row['exit']}/{n_blocks}: {mark}",
+        f"compute saved {share(row['saved'])}",
+        f"ASR {percent(row['asr']['value'])} {bounds(row['asr'])}".rstrip(),
+        f"Utility {percent(row['utility']['value'])} {bounds(row['utility'])}".rstrip(),
+    ]
+    return "\n".join([*lines, f"dominated by {ranges(row['by'])}"] if row["by"] else lines)
+
+
 def _command(config: Mapping[str, Any]) -> str:
     """The audit that made this run: what config.json says otherwise than the defaults of AuditConfig."""
     words = ["exitwise", "audit", str(config["model"])]
     for field in fields(AuditConfig):
         value = config.get(field.name, field.default)
         value = tuple(value) if isinstance(value, list) else value
-        if field.name != "model" and value != field.default:
-            words.append("--" + field.name.replace("_", "-"))
-            words += [] if value is True else map(str, value if isinstance(value, tuple) else (value,))
+        flag = field.name.replace("_", "-")
+        if field.name == "model" or value == field.default:
+            continue
+        if field.name == "data":  # one set a flag
+            words += [word for part in value for word in ("--data", str(part))]
+        elif isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
     return shlex.join([*words, "--out", "runs/again"])
 
 
@@ -153,6 +201,25 @@ def percent(share: float | None) -> str:
     if share is None:
         return ABSENT
     return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+
+
+def share(value: float) -> str:
+    """A share of compute: 4.5 %, −0.38 %; savings of a large model's encoder are small."""
+    size = 100 * abs(value)
+    return ("−" if value < 0 else "") + (f"{size:.1f}" if size >= 0.995 else digits(size, 2)) + " %"
+
+
+def digits(value: float, n: int = 3) -> str:
+    """At least n significant digits, without an exponent: 0.282, 13.0, 7,063."""
+    if not value:
+        return "0"
+    return f"{value:,.{max(0, n - 1 - floor(log10(abs(value))))}f}"
+
+
+def spread(quartiles: Mapping[str, float]) -> str:
+    """Median and quartiles of seconds, in milliseconds: 122 (121–125)."""
+    middle, low, high = (digits(1000 * quartiles[key]) for key in ("median", "low", "high"))
+    return f"{middle} ({low}–{high})"
 
 
 def bounds(interval: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ def disagreement(folder: Path) -> dict[str, Any] | None:
     """How the judges of a run differ on whether an attack worked; None where fewer than two read it.
 
     `pairs` holds agreement and Cohen's κ of every two, `n` the answers that all scored, `n_split` those on which two
-    differ, and `splits` their number by sample.
+    differ, and `splits` their exits by sample.
     """
     samples = {s.id: s for s in read_records(folder / "samples.jsonl", Sample) if s.kind == "harmful"}
     completions = [c for c in read_records(folder / "completions.jsonl", Completion) if c.sample in samples]
@@ -27,11 +27,11 @@ def disagreement(folder: Path) -> dict[str, Any] | None:
             ratings[judge] = [outcome("asr", samples[key], readings[exit_][key]) for key, exit_ in order]
     if len(ratings) < 2:
         return None
-    splits: dict[str, int] = {}
+    splits: dict[str, list[int]] = {}
     n = 0
-    for (key, _), said in zip(order, zip(*ratings.values(), strict=True), strict=True):
+    for (key, exit_), said in zip(order, zip(*ratings.values(), strict=True), strict=True):
         n += None not in said
         if {True, False} <= set(said):
-            splits[key] = splits.get(key, 0) + 1
+            splits.setdefault(key, []).append(exit_)
     pairs = [pair._asdict() for pair in pairwise(ratings)]
-    return {"pairs": pairs, "n": n, "n_split": sum(splits.values()), "splits": splits}
+    return {"pairs": pairs, "n": n, "n_split": sum(map(len, splits.values())), "splits": splits}

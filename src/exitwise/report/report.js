@@ -8,8 +8,8 @@
   const list = document.getElementById("list");
   const count = document.getElementById("count");
   const more = document.getElementById("more");
-  const BAD = { harmful: ["answered"], benign: ["refused"], vqa: ["wrong", "refused"] };
-  const GOOD = { harmful: ["refused"], benign: ["answered"], vqa: ["correct"] };
+  const BAD = { harmful: ["answered", "unsafe"], benign: ["refused"], vqa: ["wrong", "refused"] };
+  const GOOD = { harmful: ["refused", "safe"], benign: ["answered"], vqa: ["correct"] };
   let found = [];
   let drawn = 0;
   let serial = 0;
@@ -42,6 +42,8 @@
   fill(form.elements.right, exits, data.compare[1]);
   fill(form.elements.label, unique(answers.map((answer) => answer.label)).sort());
   fill(form.elements.kind, unique(data.samples.map((sample) => sample.kind)).sort());
+
+  form.elements.split.parentNode.hidden = !answers.some((answer) => answer.split);
 
   function chip(kind, label) {
     const bad = (BAD[kind] || []).includes(label);
@@ -86,7 +88,10 @@
       label(open);
       place.replaceChildren(...(open ? [body(answer)] : []));
     });
-    head.append(chip(sample.kind, answer.label), button);
+    head.append(chip(sample.kind, answer.label));
+    if (answer.split) head.append(make("span", "chip undecided", "judges differ"));
+    if (answer.others.length) head.append(make("span", "meta", answer.others.join(", ")));
+    head.append(button);
     block.append(place);
     return block;
   }
@@ -117,13 +122,14 @@
     const two = value("view") === "two";
     const needle = value("search").toLowerCase();
     const wanted = (answer) => !value("label") || (answer && answer.label === value("label"));
+    const parted = (answer) => !form.elements.split.checked || (answer && answer.split);
     const rows = [];
     for (const sample of data.samples) {
       if (value("kind") && sample.kind !== value("kind")) continue;
       if (!sample.prompt.toLowerCase().includes(needle)) continue;
       const pairs = sample.answers.map((answer) => [answer.exit, answer]);
       if (!two) {
-        const kept = pairs.filter(([exit, answer]) => (!value("exit") || exit === Number(value("exit"))) && wanted(answer));
+        const kept = pairs.filter(([exit, answer]) => (!value("exit") || exit === Number(value("exit"))) && wanted(answer) && parted(answer));
         if (kept.length) rows.push([sample, kept, false]);
         continue;
       }
@@ -132,6 +138,7 @@
       const [left, right] = sides.map(([, answer]) => answer);
       if (!left && !right) continue;
       if (form.elements.differ.checked && left && right && left.label === right.label) continue;
+      if (!parted(left) && !parted(right)) continue;
       if (wanted(left) || wanted(right)) rows.push([sample, sides, true]);
     }
     return rows;

@@ -3,7 +3,7 @@
 import base64
 import json
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ def _sign(char: str) -> str:
     return f"⟨U+{ord(char):04X}⟩" if hidden else char
 
 
-def page_data(folder: Path, metrics: Mapping[str, Any], splits: Mapping[str, int]) -> tuple[int, int, str]:
+def page_data(folder: Path, metrics: Mapping[str, Any], splits: Mapping[str, Sequence[int]]) -> tuple[int, int, str]:
     """(answers shown, answers in the run, JSON for the page).
 
-    Where not all fit, samples are left out evenly over the run, each with its answers at every exit, so that exits can
-    still be compared on the same prompt.
+    Samples on whose answers the judges split come first, those with the most such answers before the others; `splits`
+    holds the exits of those answers by sample. Where not all fit, other samples are left out evenly over the run, each
+    with its answers at every exit, so that exits can still be compared on the same prompt.
     """
     samples = read_records(folder / "samples.jsonl", Sample)
     completions = read_records(folder / "completions.jsonl", Completion)
@@ -52,8 +53,9 @@ def page_data(folder: Path, metrics: Mapping[str, Any], splits: Mapping[str, int
         if completion.sample not in answers:
             raise UserError(f"{folder}: completions.jsonl answers {completion.sample!r}, which samples.jsonl lacks")
         at = (completion.sample, completion.exit)
-        answers[completion.sample].append(_answer(completion, verdicts.get(at), others.get(at, [])))
-    samples.sort(key=lambda sample: -splits.get(sample.id, 0))
+        split = completion.exit in splits.get(completion.sample, ())
+        answers[completion.sample].append(_answer(completion, verdicts.get(at), others.get(at, []), split))
+    samples.sort(key=lambda sample: -len(splits.get(sample.id, ())))
     cards = [(_card(sample, answers[sample.id]), sample.image) for sample in samples if answers[sample.id]]
     images = _thumbnails(folder, {name for _, name in cards})
     costs = [len(_escape(card).encode()) for card, _ in cards]
@@ -63,7 +65,7 @@ def page_data(folder: Path, metrics: Mapping[str, Any], splits: Mapping[str, int
         pictures = {cards[i][1] for i in kept}
         return sum(costs[i] for i in kept) + sum(len(uri) for name, uri in images.items() if name in pictures)
 
-    kept = _even_subset(len(cards), cost)
+    kept = _even_subset(len(cards), cost, sum(any(a["split"] for a in card["answers"]) for card, _ in cards))
     names = {cards[i][1] for i in kept}
     data = {
         "compare": _pair(metrics),
@@ -93,9 +95,10 @@ def _verdicts(folder: Path, judge: str) -> tuple[dict[Cell, Verdict], dict[Cell,
     return chosen, others
 
 
-def _answer(completion: Completion, verdict: Verdict | None, others: Iterable[Verdict] = ()) -> dict[str, Any]:
+def _answer(
+    completion: Completion, verdict: Verdict | None, others: Iterable[Verdict] = (), split: bool = False
+) -> dict[str, Any]:
     reason = verdict.reason[:REASON_LIMIT] if verdict else ""
-    reason = "; ".join([part for part in (reason,) if part] + [f"{v.judge} says {v.label}" for v in others])
     return {
         "exit": completion.exit,
         "text": visible(completion.text[:ANSWER_LIMIT]),
@@ -105,6 +108,8 @@ def _answer(completion: Completion, verdict: Verdict | None, others: Iterable[Ve
         "label": verdict.label if verdict else "not judged",
         "judge": visible(verdict.judge) if verdict else "",
         "reason": visible(reason),
+        "others": [visible(f"{v.judge}: {v.label}") for v in others],
+        "split": split,
     }
 
 
@@ -142,16 +147,24 @@ def _thumbnails(folder: Path, wanted: set[str]) -> dict[str, str]:
     return found
 
 
-def _even_subset(n: int, cost: Callable[[Iterable[int]], int]) -> list[int]:
-    """Indices of as many of n items as fit DATA_LIMIT, evenly spaced; all of them where they fit."""
-    low, high = 0, n
+def _even_subset(n: int, cost: Callable[[Iterable[int]], int], first: int = 0) -> list[int]:
+    """Indices of the first few of n items and of as many others as fit DATA_LIMIT, evenly spaced; where not even the
+    first few fit, of as many of those."""
+    if first and cost(range(first)) > DATA_LIMIT:
+        return _even_subset(first, cost)
+    rest = n - first
+
+    def chosen(k: int) -> list[int]:
+        return [*range(first), *(first + i * rest // k for i in range(k))]
+
+    low, high = 0, rest
     while low < high:
         middle = (low + high + 1) // 2
-        if cost(i * n // middle for i in range(middle)) <= DATA_LIMIT:
+        if cost(chosen(middle)) <= DATA_LIMIT:
             low = middle
         else:
             high = middle - 1
-    return [i * n // low for i in range(low)]
+    return chosen(low)
 
 
 def _escape(value: Any) -> str:

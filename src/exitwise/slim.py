@@ -1,0 +1,355 @@
+"""A checkpoint whose image encoder ends at an exit: fewer blocks, a config that says so, the adapter merged in.
+
+What is written is an ordinary Hugging Face folder: any runtime that knows the family runs it and stops where the exit
+is, without knowing what an exit is. `truncated_config` is the one place that knows how a family says how many blocks it
+has; LLaVA says it with `vision_config.num_hidden_layers`, and with `vision_feature_layer = -1` that the last one counts.
+
+The folder is made beside its final name and renamed when it is whole, so a full disk or a kill leaves nothing under
+that name. With `check` it is first loaded from there by transformers alone and held to the full model at the exit.
+"""
+
+import copy
+import errno
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import runs
+from .audit import Progress, Silent, fingerprint
+from .config import SlimConfig
+from .data.images import load_image
+from .errors import UserError
+from .exits import encode, exit_at
+from .quiet import quiet
+from .slim_card import audit_figures, card
+from .vlm import TESTBED_NOTICE, TESTBEDS, Vlm
+
+CHECKS = (("coffee", "What is this?"), ("chelsea", "Is there an animal in the picture?"), ("rocket", "Say hello."))
+CHECK_TOKENS = 16
+TOLERANCE = 1e-4
+"""Most that a logit may differ, relative to the largest: float32 rounding is a hundred times below it."""
+
+LEGACY_TOWERS = ("clip_vision_model", "siglip_vision_model")
+"""Towers whose weights the published checkpoints name `vision_tower.vision_model.*`; vLLM and llama.cpp's converters look
+for that name, transformers reads it and the shorter one alike."""
+
+
+class BlockCost(NamedTuple):
+    """One block of the encoder: parameters, floating-point operations for one image, bytes in the file."""
+
+    parameters: int
+    flops: int
+    bytes: int
+
+
+class Answers(NamedTuple):
+    """What a model says in the check, one entry a question: logits (T, V) of the prompt, greedy tokens."""
+
+    logits: list[torch.Tensor]
+    tokens: list[list[int]]
+
+
+def slim(config: SlimConfig, out: Path, progress: Progress | None = None) -> Path:
+    """Writes the model of `config`, cut at its exit, to the folder `out`; returns that folder.
+
+    Raises:
+        UserError: the exit is not there or cannot be had by cutting, `out` is taken, the adapter or the audit is of
+            another model, there is no room to write, or the check failed. Nothing is left under `out` then.
+    """
+    from .vlm import load_vlm
+
+    config.check_values()
+    progress = progress or Silent()
+    check_free(out)
+    vlm = load_vlm(
+        config.model,
+        adapter=config.adapter,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        say=progress.say,
+    )
+    check_exit(vlm, config.exit)
+    identity = fingerprint(vlm)
+    figures = audit_figures(config.audit, identity, config.exit) if config.audit else None
+    dtype = _dtype(config)
+    _cast(vlm.model, dtype)
+    note = {
+        "made_by": f"exitwise {version('exitwise')}",
+        "source": config.model,
+        "adapter": config.adapter,
+        "source_sha256": identity,
+        "exit": config.exit,
+        "source_blocks": vlm.n_blocks,
+        "source_default_exit": vlm.default_exit,
+        "dtype": str(dtype).removeprefix("torch."),
+        "saves": savings(vlm, config.exit),
+        "notice": TESTBED_NOTICE.get(config.model),
+        "audit": figures,
+        "check": None,
+    }
+    with _whole_or_nothing(out) as scratch:
+        wanted = _reference(vlm, config.exit, dtype) if config.check else None
+        save(vlm, config.exit, scratch)
+        if wanted is not None:
+            progress.say("loading the slim model with transformers to compare")
+            note["check"] = compare(wanted, answers(*_reload(scratch, vlm.device)))
+        runs.write_json(scratch / "exitwise.json", note)
+        (scratch / "README.md").write_text(card(note, vlm), encoding="utf-8")
+    return out
+
+
+def truncated_config(config: Any, exit: int) -> Any:
+    """A copy of a family's config that builds an encoder of `exit` blocks and takes what the last of them gives.
+
+    Raises:
+        UserError: no way is known for this family.
+    """
+    if config.model_type not in TRUNCATED:
+        raise UserError(f"a {config.model_type!r} model cannot be cut yet; can be: {', '.join(sorted(TRUNCATED))}")
+    return TRUNCATED[config.model_type](copy.deepcopy(config), exit)
+
+
+def _truncated_llava(config: Any, exit: int) -> Any:
+    vision = config.vision_config.to_dict()
+    for key in ("stage_names", "out_features", "out_indices"):  # DINOv2 counts its blocks there a second time
+        vision.pop(key, None)
+    config.vision_config = type(config.vision_config).from_dict(vision | {"num_hidden_layers": exit})
+    config.vision_feature_layer = -1
+    return config
+
+
+TRUNCATED = {"llava": _truncated_llava}
+
+
+@contextmanager
+def truncated(vlm: Vlm, exit: int) -> Iterator[Any]:
+    """Within it `vlm.model` really has only the first `exit` blocks and the config to go with them; weights are shared.
+
+    Raises:
+        UserError: see `check_exit`.
+    """
+    check_exit(vlm, exit)
+    model, before = vlm.model, vlm.model.config
+    parent, name = next(
+        (module, name) for module in model.modules() for name, child in module.named_children() if child is vlm.blocks
+    )
+    shorter = truncated_config(before, exit)
+    swaps = ((before, shorter), (before.vision_config, shorter.vision_config))
+    told = [(m, old, new) for m in model.modules() for old, new in swaps if getattr(m, "config", None) is old]
+    setattr(parent, name, nn.ModuleList(list(vlm.blocks)[:exit]))
+    for module, _, new in told:
+        module.config = new
+    try:
+        yield model
+    finally:
+        setattr(parent, name, vlm.blocks)
+        for module, old, _ in told:
+            module.config = old
+
+
+def check_exit(vlm: Vlm, exit: int) -> None:
+    """Raises UserError for an exit outside 1 .. L."""
+    if exit == 0:
+        raise UserError(
+            f"exit 0 of {vlm.name} cannot be had by cutting: a {vlm.model.config.model_type} encoder without blocks "
+            f"gives no features; expected 1 to {vlm.n_blocks} (`exit_at` runs exit 0 on the full model)"
+        )
+    if not 1 <= exit <= vlm.n_blocks:
+        raise UserError(
+            f"exit {exit} is not there: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} (default {vlm.default_exit})"
+        )
+
+
+def check_free(out: Path) -> None:
+    """Raises UserError where `out` is a file or a folder with something in it."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give --out a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty; give --out a new folder")
+
+
+def save(vlm: Vlm, exit: int, folder: Path) -> None:
+    """Writes weights, config, generation config, processor and tokenizer of the model cut at `exit` into `folder`.
+
+    The generation config is written as it is, also one that transformers reads but refuses to save; the tokenizer is
+    told to pad on the left, which it forgets otherwise.
+    """
+    from transformers import GenerationConfig
+
+    generation = vlm.model.generation_config
+    with quiet(), truncated(vlm, exit) as model:
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = generation
+        generation.to_json_file(folder / "generation_config.json", use_diff=True)
+        vlm.processor.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    runs.write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"padding_side": "left"})
+    if vlm.model.config.vision_config.model_type in LEGACY_TOWERS:
+        _published_names(folder)
+
+
+def _published_names(folder: Path) -> None:
+    """Renames `vision_tower.*` to `vision_tower.vision_model.*` in every weight file and in the index."""
+
+    def renamed(name: str) -> str:
+        head, tower, rest = name.partition("vision_tower.")
+        return name if not tower or rest.startswith("vision_model.") else f"{head}{tower}vision_model.{rest}"
+
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        if any(renamed(name) != name for name in tensors):
+            scratch = path.with_suffix(".tmp")
+            save_file({renamed(name): tensor for name, tensor in tensors.items()}, scratch, metadata={"format": "pt"})
+            scratch.replace(path)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        told = json.loads(index.read_text(encoding="utf-8"))
+        told["weight_map"] = {renamed(name): file for name, file in told["weight_map"].items()}
+        runs.write_json(index, told)
+
+
+def block_cost(vlm: Vlm) -> BlockCost:
+    """Of the encoder's first block (all are alike), for one image of the processor's size.
+
+    FLOPs count two per weight of a matrix and token, and 4 S^2 D for the two products of attention over S tokens of
+    width D; norms, biases and softmax are left out.
+    """
+    state = encode(vlm, vlm.pixels([Image.new("RGB", (64, 64))]))[0]
+    n_tokens, width = state.shape[-2:]
+    weights = list(vlm.blocks[0].parameters())
+    products = 2 * n_tokens * sum(w.numel() for w in weights if w.dim() == 2)
+    return BlockCost(
+        parameters=sum(w.numel() for w in weights),
+        flops=products + 4 * n_tokens**2 * width,
+        bytes=sum(w.numel() * w.element_size() for w in weights),
+    )
+
+
+def savings(vlm: Vlm, exit: int) -> dict[str, Any]:
+    """What the cut takes away, and out of how much."""
+    one, cut = block_cost(vlm), vlm.n_blocks - exit
+    parameters = list(vlm.model.parameters())
+    return {
+        "blocks_cut": cut,
+        "parameters": cut * one.parameters,
+        "flops_per_image": cut * one.flops,
+        "bytes": cut * one.bytes,
+        "model_parameters": sum(p.numel() for p in parameters),
+        "model_bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "encoder_flops_per_image": vlm.n_blocks * one.flops,
+    }
+
+
+@torch.inference_mode()
+def answers(model: Any, processor: Any, chat: Any) -> Answers:
+    """What a model answers to the questions of the check, greedily.
+
+    Args:
+        chat: from a question to the prompt's text.
+    """
+    logits, tokens = [], []
+    for photo, question in CHECKS:
+        image = load_image(f"photo:{photo}", None)
+        inputs = processor(images=image, text=chat(question), return_tensors="pt").to(model.device)
+        logits.append(model(**inputs).logits[0].float().cpu())
+        said = model.generate(**inputs, max_new_tokens=CHECK_TOKENS, do_sample=False)
+        tokens.append(said[0, inputs["input_ids"].shape[1] :].tolist())
+    return Answers(logits, tokens)
+
+
+def compare(wanted: Answers, got: Answers) -> dict[str, Any]:
+    """How far the slim model is from the full one at the exit.
+
+    Raises:
+        UserError: further than float32 rounding, or another token.
+    """
+    scale = max(float(each.abs().max()) for each in wanted.logits)
+    if [each.shape for each in wanted.logits] != [each.shape for each in got.logits]:
+        raise UserError("the slim model reads the check's prompts as other tokens than the full one; nothing is kept")
+    apart = max(float((a - b).abs().max()) for a, b in zip(wanted.logits, got.logits, strict=True))
+    if not apart <= TOLERANCE * scale or wanted.tokens != got.tokens:
+        same = "the same" if wanted.tokens == got.tokens else "other"
+        raise UserError(
+            f"the slim model is not the full one at this exit: logits differ by {apart:.2g} (largest {scale:.3g}), "
+            f"{same} greedy tokens; nothing is kept, please report it"
+        )
+    n_tokens = sum(len(row) for row in wanted.tokens)
+    return {"questions": len(CHECKS), "tokens": n_tokens, "largest_logit": scale, "largest_difference": apart}
+
+
+def _reference(vlm: Vlm, exit: int, dtype: torch.dtype) -> Answers:
+    """The full model at the exit, in float32 and with the weights as they will be saved."""
+    _cast(vlm.model, torch.float32)
+    try:
+        with quiet(), exit_at(vlm, exit):
+            return answers(vlm.model, vlm.processor, vlm.chat)
+    finally:
+        _cast(vlm.model, dtype)
+
+
+def _reload(folder: Path, device: torch.device) -> tuple[Any, Any, Any]:
+    """(model, processor, chat) of a folder, as a user of transformers has them."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from .vlm import describe
+
+    with quiet():
+        loader: Any = AutoModelForImageTextToText
+        model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
+        processor = AutoProcessor.from_pretrained(folder)
+    if processor.tokenizer.padding_side != "left":
+        raise UserError("the saved tokenizer pads on the right; nothing is kept, please report it")
+    return model, processor, describe(str(folder), model, processor).chat
+
+
+def _dtype(config: SlimConfig) -> torch.dtype:
+    """What to save in: what was asked, else what the source is saved in."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if config.model in TESTBEDS:
+        return torch.float32
+    from transformers import AutoConfig
+
+    with quiet():
+        found = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
+    return found.dtype or torch.float32
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Parameters only: buffers such as rotary frequencies are made in float32 and stay so."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A scratch folder that gets the name `out` once all is written, and is removed otherwise."""
+    scratch = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        yield scratch
+        scratch.chmod(0o755)
+        scratch.rename(out)  # onto an empty folder is allowed
+    except (OSError, SafetensorError) as error:
+        said = str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in said
+        hint = "make room or give --out another place" if full else "give --out a place that can be written"
+        raise UserError(f"cannot write {out} ({said[:200]}); nothing is kept, {hint}") from error
+    finally:
+        if scratch is not None and scratch.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
