@@ -341,7 +341,7 @@ def _values(run: Run, quantity: str, asked: Sequence[Sample], exits: Sequence[in
             found: float | None
             if quantity == "asr":
                 reading = run.readings.get(exit_, {}).get(sample.id)
-                found: float | None = None if reading is None else outcome("asr", sample, reading)
+                found = None if reading is None else outcome("asr", sample, reading)
             else:
                 found = run.scores[quantity][1].get(exit_, {}).get(sample.id)
             values[row, column] = np.nan if found is None else found
