@@ -92,7 +92,7 @@ def built(name: str, model: Any, processor: Any, seed: int = 0) -> Vlm:
             scale = (
                 (0.3 if "gemma" in name else 1.0) if "embed_tokens" in key else 1.5 * fan**-0.5
             )  # gemma scales by √H
-            scale *= 4 if "embed_vision" in key else 1
+            scale *= 4 if "embed_vision" in key or (name == "llama4" and "multi_modal_projector" in key) else 1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         elif "bias" in key or "embedding" in key or "newline" in key:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -293,7 +293,7 @@ def gemma4() -> Vlm:
         chat_template=template("<|image|>"),
     )  # fmt: skip
     vision = hf.Gemma4VisionConfig(
-        **VISION, num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=64
+        **VISION, num_key_value_heads=2, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=1024
     )
     language = text(
         hf.Gemma4TextConfig, len(words), head_dim=8, global_head_dim=8, sliding_window=12,

@@ -71,6 +71,11 @@ def test_where_prompts_and_images_cross_both_are_resampled(compare, tmp_path):
     assert "*" not in " ".join(page.cells(asr, "share"))
     assert at(crossed, 1)["toxicity-x"]["low"] == 0
     assert at(crossed, 3)["asr"]["high"] == pytest.approx(wilson(0, 10).high)
+    # the same the other way round: one image of ten is one image, whatever the prompt
+    turned = {key: {"prompt": f"p{i % 10}", "image": f"{i // 10}.png"} for i, key in enumerate(places)}
+    by_image = at(compare(*runs, {"change": turned}, {"change": turned}), 1)["asr"]
+    assert by_image["low"] == 0
+    assert by_image["high"] > 0.25
 
 
 def test_differences_by_hand(compare):

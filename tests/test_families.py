@@ -242,5 +242,18 @@ def test_a_connector_of_several_layers_takes_a_fused_exit(images):
         exit_features(vlm, image, [fused([0, 2, 4])])
 
 
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (20_000, 40)])
+def test_an_odd_image_is_encoded_or_refused_in_one_line(vlm, size):
+    image = Image.new("RGB", size, "red")
+    try:
+        rows = len(exit_features(vlm, image, [2])[2])
+        ids = vlm.prompt("Hi.", layout(vlm, image)).ids
+    except UserError as error:
+        assert "of a more usual shape" in str(error)  # noqa: PT017 (either is right)
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert vlm.family.image_in_every_row or ids.count(vlm.image_token_id) == rows
+
+
 def test_every_family_has_a_tiny_model():
     assert set(TINY) == set(FAMILIES)

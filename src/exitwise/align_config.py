@@ -49,8 +49,7 @@ class AlignConfig:
     """Shares of the harmless prompts and of the VQA questions asked at the default exit, to keep it as it is. A
     question about an image that an early exit does not show teaches guessing, at the default exit too."""
     refusal_cost: float = 3.0
-    """A refused harmless prompt scores minus this, an answered one 1. At 1, seldom refusals of harmless prompts are a
-    price worth paying for the refusals of harmful ones."""
+    """A refused harmless prompt scores minus this, an answered one 1."""
     reward: str = "builtin"
     """Who scores harmful prompts' answers: builtin (the testbed's own), a run of `exitwise reward train`, a hub id of a
     sequence classifier with one label, or matcher (the rule that also measures ASR)."""

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from .errors import UserError
-from .exit_names import parse_exits
+from .exit_names import layers_of, name_of, parse_exits
 from .exits import exit_at
 from .vlm import Vlm
 
@@ -87,7 +87,7 @@ def exit_costs(
     Raises:
         UserError: an exit is not there, the prompt cannot be asked, or the encoder did not run.
     """
-    wanted = exits if isinstance(exits, str) else ",".join(map(str, exits))
+    wanted = exits if isinstance(exits, str) else ",".join(map(name_of, exits))
     numbers = parse_exits(f"{wanted},default", vlm.n_blocks, vlm.default_exit)
     inputs = _inputs(vlm, prompt, image or Image.new("RGB", (224, 224), (127, 127, 127)))
     flops, parameters, sizes = _count(vlm, inputs)
@@ -108,12 +108,13 @@ def exit_costs(
         "exits": [
             {
                 "exit": exit,
-                "parameters": _held(parameters, exit),
-                "bytes": _held(sizes, exit),
-                "flops": flops.at(exit),
-                "seconds": _quartiles([parts.at(exit) for parts in times]),
+                "parameters": _held(parameters, deepest),
+                "bytes": _held(sizes, deepest),
+                "flops": flops.at(deepest),
+                "seconds": _quartiles([parts.at(deepest) for parts in times]),
             }
             for exit in numbers
+            for deepest in [max(layers_of(exit))]  # layers that are fused are all there once the deepest has run
         ],
     }
 
@@ -123,6 +124,7 @@ def _inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
     text, bos = vlm.chat(prompt), vlm.tokenizer.bos_token
     special = not (bos and text.startswith(bos))
     made = vlm.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special)
+    made.pop("labels", None)  # PaliGemma's processor gives some, and the model would compute a loss
     return made.to(vlm.device, vlm.model.dtype)
 
 

@@ -77,12 +77,21 @@ def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[in
     """{exit: (P, H)}: what the language model reads of one image at each exit, from one encode.
 
     Raises:
-        UserError: an exit lies outside 0 .. L.
+        UserError: an exit lies outside 0 .. L, fuses layers where the model cannot, or the image has a shape that the
+            model cannot take.
     """
     for exit in exits:
         _check(vlm, exit)
     inputs = vlm.picture(image).inputs
-    states = encode(vlm, inputs)
+    try:
+        states = encode(vlm, inputs)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"the encoder of {vlm.name} cannot take an image of {image.width} x {image.height} pixels "
+            f"({str(error).splitlines()[0][:200]}); give one of a more usual shape"
+        ) from error
     return {exit: replay(vlm, inputs, states, exit)[0] for exit in exits}
 
 
