@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from exitwise import Sample, UserError, encode, exit_at, exit_features
+from exitwise.costs import PROMPT, _inputs, exit_costs
 from exitwise.engines import whole
 from exitwise.engines.hf import Decoding, Request, answer_wave, make_plan, make_rows
 from exitwise.exit_names import fused
@@ -102,6 +105,18 @@ def truncated(vlm, exit):
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     assert len(find_blocks(model)) == exit
     return model
+
+
+@torch.inference_mode()
+def test_costs_are_those_of_the_truncated_model(vlm, images):
+    """Parameters and FLOPs of a request at every exit, counted on the model that really has so many blocks."""
+    inputs = _inputs(vlm, PROMPT, images["tall"])
+    for row in exit_costs(vlm, range(1, BLOCKS + 1), image=images["tall"], repetitions=0)["exits"]:
+        model = truncated(vlm, row["exit"])
+        assert row["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**inputs, use_cache=True, logits_to_keep=1)
+        assert row["flops"]["total"] == counter.get_total_flops()
 
 
 @torch.inference_mode()

@@ -153,6 +153,8 @@ def _pass(vlm: Vlm, inputs: Any, read: Callable[[], Any]) -> list[Mark]:
 def parts_of(marks: Sequence[Mark], n_blocks: int) -> Parts:
     """Differences between the marks of a pass. A block that runs several times (tile by tile) costs their sum.
 
+    What runs between a block and the next one, such as a tap of its state, is that block's.
+
     Raises:
         UserError: no block ran before the language model did.
     """
@@ -162,12 +164,15 @@ def parts_of(marks: Sequence[Mark], n_blocks: int) -> Parts:
             "the image encoder did not run on this request; give a prompt and an image that the model takes"
         )
     blocks: list[float] = [0] * n_blocks
-    entered = first["enter"]
+    since, ran = first["enter"], -1
     for mark in marks:
         if mark.place == "enter":
-            entered = mark.value
+            if mark.block == ran + 1 and ran >= 0:
+                blocks[ran] += mark.value - since
+            since = mark.value
         elif mark.place == "leave":
-            blocks[mark.block] += mark.value - entered
+            blocks[mark.block] += mark.value - since
+            since, ran = mark.value, mark.block
     before = first["enter"] - first["start"]
     after = first["prefill"] - first["start"] - before - sum(blocks)
     return Parts(before, blocks, after, first["end"] - first["prefill"])
@@ -184,15 +189,17 @@ def _count(vlm: Vlm, inputs: Any) -> tuple[Parts, Parts, Parts]:
 
 
 @contextmanager
-def _places(vlm: Vlm) -> Iterator[dict[nn.Module, str]]:
-    """Within it, notes for every module whether it first ran before or after the first block did."""
-    places: dict[nn.Module, str] = {}
-    begun = False
+def _places(vlm: Vlm) -> Iterator[dict[nn.Module, str | int]]:
+    """Within it, notes for every module whether it first ran before the first block, after the last, or after which."""
+    places: dict[nn.Module, str | int] = {}
+    order = {block: index for index, block in enumerate(vlm.blocks)}
+    latest = -1
 
     def note(module: nn.Module, *_: Any) -> None:
-        nonlocal begun
-        begun = begun or module is vlm.blocks[0]
-        places.setdefault(module, "after" if begun else "before")
+        nonlocal latest
+        latest = order.get(module, latest)
+        between: str | int = latest if latest < len(order) - 1 else "after"
+        places.setdefault(module, "before" if latest < 0 else between)
 
     hooks = [module.register_forward_pre_hook(note) for module in vlm.model.modules()]
     try:
@@ -202,7 +209,7 @@ def _places(vlm: Vlm) -> Iterator[dict[nn.Module, str]]:
             hook.remove()
 
 
-def _weigh(vlm: Vlm, places: dict[nn.Module, str], weight: Callable[[torch.Tensor], int]) -> Parts:
+def _weigh(vlm: Vlm, places: dict[nn.Module, str | int], weight: Callable[[torch.Tensor], int]) -> Parts:
     """The parameters of the model by part, a shared one once.
 
     Blocks and language model are known as such, whatever they hold included. Another module belongs where it ran, and

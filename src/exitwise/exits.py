@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from .errors import UserError
 from .exit_names import is_fused, layers_of, name_of
@@ -68,7 +69,7 @@ def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) 
         cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
     else:
         cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
-    with cut:
+    with cut, _patches_left_out(vlm):
         found = vlm.family.features(vlm.model, _named(inputs))
     return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
@@ -190,8 +191,8 @@ def _averaging(vlm: Vlm, layers: Sequence[int]) -> Iterator[None]:
 
         return forward
 
-    runs = [block.forward for block in vlm.blocks]
-    with _cut(vlm, layers[-1], {}), _forwards(vlm, {i: forward_for(i, run) for i, run in enumerate(runs)}):
+    forwards = [(block, forward_for(i, block.forward)) for i, block in enumerate(vlm.blocks)]
+    with _cut(vlm, layers[-1], {}), _forwards(forwards):
         yield
 
 
@@ -209,21 +210,48 @@ def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator
 
         return forward
 
-    with _forwards(vlm, {index: forward_for(value) for index, value in values.items()}):
+    with _forwards([(vlm.blocks[index], forward_for(value)) for index, value in values.items()]):
         yield
 
 
 @contextmanager
-def _forwards(vlm: Vlm, forwards: dict[int, Any]) -> Iterator[None]:
-    """Sets `forward` of blocks, and puts back what was there."""
-    before = {index: vars(vlm.blocks[index]).get("forward") for index in forwards}  # set where exits are nested
-    for index, forward in forwards.items():
-        vlm.blocks[index].forward = forward
+def _patches_left_out(vlm: Vlm) -> Iterator[None]:
+    """Convolutions give zeros until the first block is called: what they make is read by blocks only, and in a replay
+    no block reads anything. They are most of what a replay would cost."""
+    begun: list[bool] = []
+
+    def forward_for(convolution: Any) -> Any:
+        run = convolution.forward
+
+        def forward(given: torch.Tensor) -> torch.Tensor:
+            if begun:
+                return run(given)
+            shape = convolution._conv_forward(given.to("meta"), convolution.weight.to("meta"), None).shape
+            return given.new_zeros(shape)
+
+        return forward
+
+    inside = {module for block in vlm.blocks for module in block.modules()}
+    convolutions = [m for m in vlm.model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m not in inside]
+    first = vlm.blocks[0].register_forward_pre_hook(lambda *given: begun.append(True))
+    try:
+        with _forwards([(convolution, forward_for(convolution)) for convolution in convolutions]):
+            yield
+    finally:
+        first.remove()
+
+
+@contextmanager
+def _forwards(forwards: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Sets `forward` of modules, and puts back what was there."""
+    before = [vars(module).get("forward") for module, _ in forwards]  # set where exits are nested
+    for module, forward in forwards:
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for index, forward in before.items():
+        for (module, _), forward in zip(forwards, before, strict=True):
             if forward is None:
-                del vlm.blocks[index].forward
+                del module.forward
             else:
-                vlm.blocks[index].forward = forward
+                vars(module)["forward"] = forward
