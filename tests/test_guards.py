@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -300,6 +301,17 @@ def test_equal_questions_are_asked_once(checkpoints, tmp_path, monkeypatch):
     assert len(asked) == 1
     assert len({v.p_unsafe for v in verdicts}) == 1
     assert [v.exit for v in verdicts] == list(range(30))
+
+
+def test_verdicts_of_other_wording_are_not_mixed_in(judged, checkpoints, monkeypatch):
+    """As after an update of exitwise that mends a guard's prompt."""
+    before = (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes()
+    guard = GUARDS["llama-guard-3-8b"]
+    reworded = {**GUARDS, "llama-guard-3-8b": replace(guard, last_turn="Is it safe?")}
+    monkeypatch.setattr("exitwise.judges.judging.GUARDS", reworded)
+    with pytest.raises(UserError, match=r"made otherwise \(prompt_sha256"):
+        judge_run(judged, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
+    assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
 
 
 def test_another_model_s_verdicts_are_not_mixed_in(judged, checkpoints):

@@ -147,6 +147,7 @@ def _begin(folder: Path, name: str, model: str, judging: Judging) -> list[Verdic
         "judge": name,
         "model": model,
         "checkpoint_sha256": _checkpoint(Path(model)),
+        "prompt_sha256": _prompt_digest(GUARDS.get(name)),
         "endpoint": judging.judge_endpoint,
         "batch_size": judging.judge_batch_size,
         "completions_sha256": hashlib.sha256((folder / "completions.jsonl").read_bytes()).hexdigest(),
@@ -164,6 +165,12 @@ def _begin(folder: Path, name: str, model: str, judging: Judging) -> list[Verdic
     versions = {package: metadata.version(package) for package in ("exitwise", "torch", "transformers", "tokenizers")}
     runs.write_json(card, identity | {"versions": versions})
     return []
+
+
+def _prompt_digest(guard: Guard | None) -> str:
+    """Of what the judge is told beside question and answer, chat template aside, which is the checkpoint's."""
+    asked = _questions(guard, Question("question", "answer", ""), ())
+    return hashlib.sha256(repr(asked).encode()).hexdigest()
 
 
 def _checkpoint(folder: Path) -> str | None:
