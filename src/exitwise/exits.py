@@ -69,7 +69,7 @@ def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) 
         cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
     else:
         cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
-    with cut, _patches_left_out(vlm):
+    with cut, _patches_left_out(vlm, states[0]):
         found = vlm.family.features(vlm.model, _named(inputs))
     return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
@@ -215,10 +215,17 @@ def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator
 
 
 @contextmanager
-def _patches_left_out(vlm: Vlm) -> Iterator[None]:
-    """Convolutions give zeros until the first block is called: what they make is read by blocks only, and in a replay
-    no block reads anything. They are most of what a replay would cost."""
+def _patches_left_out(vlm: Vlm, embedded: torch.Tensor) -> Iterator[None]:
+    """Convolutions before the first block give zeros, and that block is given `embedded`, state 0, as its input: they
+    are most of what a replay would cost."""
     begun: list[bool] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        begun.append(True)
+        if args:
+            return (embedded, *args[1:]), kwargs
+        name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"
+        return args, kwargs | {name: embedded}
 
     def forward_for(convolution: Any) -> Any:
         run = convolution.forward
@@ -233,12 +240,12 @@ def _patches_left_out(vlm: Vlm) -> Iterator[None]:
 
     inside = {module for block in vlm.blocks for module in block.modules()}
     convolutions = [m for m in vlm.model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m not in inside]
-    first = vlm.blocks[0].register_forward_pre_hook(lambda *given: begun.append(True))
+    hook = vlm.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
     try:
         with _forwards([(convolution, forward_for(convolution)) for convolution in convolutions]):
             yield
     finally:
-        first.remove()
+        hook.remove()
 
 
 @contextmanager
