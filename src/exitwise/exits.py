@@ -234,7 +234,7 @@ def _patches_left_out(vlm: Vlm, embedded: torch.Tensor) -> Iterator[None]:
             if begun:
                 return run(given)
             shape = convolution._conv_forward(given.to("meta"), convolution.weight.to("meta"), None).shape
-            return given.new_zeros(shape)
+            return given.new_zeros(()).expand(shape)
 
         return forward
 
