@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from run import AUDIT, COMMON, EXPERIMENTS
+from run import AUDIT, COMMON, EARLIER, EXPERIMENTS
 
 from exitwise.compare import compare_runs
 
@@ -23,9 +23,11 @@ LABELS = {
     "grpo-8": "GRPO at exit 8",
     "clip-ppo-default": "Clip-PPO at the default exit",
     "l-ppo-8-kl0": "L-PPO at exit 8, kl_coef 0",
-    "l-ppo-8-cost1": "L-PPO at exit 8, refusal cost 1",
-    "l-ppo-8-cost1-benign": "the same, more harmless prompts",
-    "l-ppo-8-short": "L-PPO at exit 8, refusal cost 1, 16 steps",
+    "l-ppo-random-few": "L-PPO, random exits, fewer prompts",
+    "l-ppo-8-cost3": "L-PPO at exit 8, fewer prompts, refusal cost 3",
+    "l-ppo-8-cost1": "L-PPO at exit 8, fewer prompts",
+    "l-ppo-8-cost1-benign": "the same, more harmless ones in the mix",
+    "l-ppo-8-short": "L-PPO at exit 8, fewer prompts, 16 steps",
     "l-ppo-8-fast": "L-PPO at exit 8, fast",
     "l-ppo-random-fast": "L-PPO, random exits, fast",
     "sft-8-fast": "SFT at exit 8, fast",
@@ -83,29 +85,51 @@ def training(work: Path, name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def over_seeds(compared: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows of methods that were trained with several seeds: mean and range of each difference, in points."""
+    methods: dict[str, list[dict[str, Any]]] = {}
+    for name, figures in compared.items():
+        methods.setdefault(name.rsplit(".", 1)[0], []).append(figures)
+    rows = []
+    for method, runs in methods.items():
+        exits = set.intersection(*({row["exit"] for row in figures["by_exit"]} for figures in runs))
+        for exit in sorted(exits) if len(runs) > 1 else ():
+            found = [next(row for row in figures["by_exit"] if row["exit"] == exit) for figures in runs]
+            cells = []
+            for key, _ in METRICS:
+                points = [100 * row[key]["difference"] for row in found]
+                cells.append(f"{sum(points) / len(points):+.1f} ({min(points):+.1f} to {max(points):+.1f})")
+            rows.append(f"| {LABELS[method]} | {len(runs)} | {exit} | {' | '.join(cells)} |")
+    return rows
+
+
 def main(config: Config) -> None:
-    tables: list[str] = []
-    verdicts, trainings, missing = [], [], []
-    for name in EXPERIMENTS:
-        audit = config.work / f"{name}-audit"
-        if not (audit / "metrics.json").exists():
-            missing.append(name)
-            continue
-        figures = compare_runs(config.work / "before-audit", audit, audit)
-        tables += rows_of(figures, name)
+    names = [*EXPERIMENTS, *EARLIER]
+    done = [name for name in names if (config.work / f"{name}-audit/metrics.json").exists()]
+    missing = [name for name in names if name not in done]
+    compared = {
+        name: compare_runs(config.work / "before-audit", audit, audit)
+        for name in done
+        for audit in [config.work / f"{name}-audit"]
+    }
+    tables = {name: rows_of(figures, name) for name, figures in compared.items()}
+    verdicts = []
+    for name, figures in compared.items():
         failures = "; ".join(f"{f['name']}: {f['text']}" for f in figures["verdict"]["failures"])
         method, seed = name.rsplit(".", 1)
         verdicts.append(f"- **{LABELS[method]}, seed {seed}.** {figures['verdict']['sentence']} {failures}".rstrip())
-        trainings.append(training(config.work, name))
-    head = " | ".join(label for _, label in METRICS)
+    metrics = " | ".join(label for _, label in METRICS)
+    head = [f"| method | seed | exit | {metrics} |", "|---|---|---|" + "---|" * len(METRICS)]
     blocks = {
-        "table": [f"| method | seed | exit | {head} |", "|---|---|---|" + "---|" * len(METRICS), *tables],
+        "table": [*head, *(row for name in done if name in EXPERIMENTS for row in tables[name])],
+        "seeds": [head[0].replace("seed", "seeds"), head[1], *over_seeds(compared)],
+        "earlier": [*head, *(row for name in done if name in EARLIER for row in tables[name])],
         "verdicts": verdicts,
         "training": [
             "| method | seed | steps | KL | entropy | mean KL of an update | largest | mean TV | surrogate gain | "
             "return did not fall | regret | signatures |",
             "|" + "---|" * 12,
-            *trainings,
+            *(training(config.work, name) for name in done),
         ],
         "settings": [f"Common settings: `{COMMON}`; audits: `{AUDIT}`."],
         "missing": [

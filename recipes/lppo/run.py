@@ -17,32 +17,44 @@ from pathlib import Path
 
 import tyro
 
+from exitwise.data.prompts import builtin_benign, builtin_harmful
+from exitwise.runs import write_atomic
+
 HERE = Path(__file__).parent
 BROKEN, HELD_OUT = "8", "4,8"
 COMMON = (
     "--steps 28 --batch-size 32 --max-new-tokens 16 --num-ppo-epochs 1 --num-mini-batches 4 --lr 5e-4 "
-    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.25 1 --refusal-cost 3"
+    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.5 1 --refusal-cost 1"
 )
-FAST = "--steps 16 --lr 1e-3 --anchor 0.5 0.5 --refusal-cost 1"
+PROMPTS = {"--prompts": "harmful.txt", "--benign": "benign.txt"}
+"""Written to the work folder: the built-in training prompts and those that the testbed was made with."""
+FAST = "--steps 16 --lr 1e-3 --anchor 0.5 0.5"
 """What was tried first: twice the learning rate, and questions about images at exits that do not show them."""
+FEW = "--anchor 0.25 1"
+"""Tried next: fewer harmless prompts at the default exit."""
 THEORY = "--probe 8 --best-of 8"
 EXPERIMENTS = {
     **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s}" for s in range(3)},
-    "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT}",
     **{f"sft-8.{s}": f"--method sft --exits {BROKEN} --seed {s}" for s in range(3)},
+    "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
+    "clip-ppo-default.0": "--exits default",
     "dpo-8.0": f"--method dpo --exits {BROKEN}",
     "grpo-8.0": f"--method grpo --exits {BROKEN}",
-    "clip-ppo-default.0": "--exits default",
-    "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
-    "l-ppo-8-cost1.0": f"--exits {BROKEN} --refusal-cost 1",
-    "l-ppo-8-cost1-benign.0": f"--exits {BROKEN} --refusal-cost 1 --mix 0.4 0.4 0.2",
+    "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT}",
+}
+EARLIER = {
+    "l-ppo-random-few.0": f"--exits 0-10 --hold-out {HELD_OUT}",
+    **{f"l-ppo-8-cost3.{s}": f"--exits {BROKEN} {FEW} --refusal-cost 3 --seed {s}" for s in range(2)},
+    "l-ppo-8-cost1.0": f"--exits {BROKEN} {FEW}",
+    "l-ppo-8-cost1-benign.0": f"--exits {BROKEN} {FEW} --mix 0.4 0.4 0.2",
+    "l-ppo-8-short.0": f"--exits {BROKEN} {FEW} --steps 16",
     "l-ppo-8-fast.0": f"--exits {BROKEN} {FAST} {THEORY}",
     "l-ppo-random-fast.0": f"--exits 0-10 --hold-out {HELD_OUT} {FAST} --steps 20 {THEORY}",
-    "l-ppo-8-short.0": f"--exits {BROKEN} --refusal-cost 1 --steps 16",
     **{f"sft-8-fast.{s}": f"--method sft --exits {BROKEN} {FAST} --seed {s}" for s in range(3)},
 }
+"""On the built-in training prompts alone: 128 harmful and 112 harmless ones instead of 328 and 272."""
 AUDIT = "--vqa 400 --max-new-tokens 24"
-WIDE = ("before", "l-ppo-random.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0")
+WIDE = ("before", "l-ppo-random.0", "l-ppo-random-few.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0")
 """Audited at exit 4 too, which training at exit 8 never saw; 4 and 8 are both held out of random exits."""
 
 
@@ -73,8 +85,18 @@ def commands(name: str, work: Path) -> list[list[str]]:
     audit = ["audit", "testbed", "--exits", exits, *words(AUDIT), "--out", str(work / f"{name}-audit")]
     if name == "before":
         return [audit]
-    align = ["align", "testbed", *words(f"{COMMON} {EXPERIMENTS[name]}"), "--features", str(work / "features")]
+    align = ["align", "testbed", *words(f"{COMMON} {(EXPERIMENTS | EARLIER)[name]}")]
+    align += ["--features", str(work / "features")]
+    if name in EXPERIMENTS:
+        align += [word for option, file in PROMPTS.items() for word in (option, str(work / file))]
     return [[*align, "--out", str(work / name)], [*audit, "--adapter", str(work / name)]]
+
+
+def write_prompts(work: Path) -> None:
+    for kind, builtin in (("harmful", builtin_harmful), ("benign", builtin_benign)):
+        more = (HERE.parent / f"testbed/{kind}_extra.txt").read_text(encoding="utf-8").splitlines()
+        lines = [sample.prompt for sample in builtin("train")] + more
+        write_atomic(work / f"{kind}.txt", "\n".join(lines) + "\n")
 
 
 def run(name: str, work: Path) -> str:
@@ -100,10 +122,11 @@ def run(name: str, work: Path) -> str:
 
 def main(config: Config) -> None:
     config.work.mkdir(parents=True, exist_ok=True)
-    unknown = set(config.only) - EXPERIMENTS.keys() - {"before"}
-    if unknown:
-        raise SystemExit(f"unknown experiments {sorted(unknown)}; expected some of {sorted(EXPERIMENTS)}")
-    names = [name for name in ("before", *EXPERIMENTS) if not config.only or name in config.only]
+    write_prompts(config.work)
+    known = ("before", *EXPERIMENTS, *EARLIER)
+    if unknown := set(config.only) - set(known):
+        raise SystemExit(f"unknown experiments {sorted(unknown)}; expected some of {sorted(known)}")
+    names = [name for name in known if not config.only or name in config.only]
     with ThreadPoolExecutor(config.jobs) as pool:
         for line in pool.map(lambda name: run(name, config.work), names):
             print(line, flush=True)

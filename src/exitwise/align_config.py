@@ -45,10 +45,10 @@ class AlignConfig:
     """A folder of images to train on; without it, photographs of scikit-image that no built-in audit shows."""
     mix: tuple[float, float, float] = (0.5, 0.25, 0.25)
     """Shares of harmful prompts, harmless prompts and VQA questions in a batch; 1 0 0 is the paper's."""
-    anchor: tuple[float, float] = (0.25, 1.0)
+    anchor: tuple[float, float] = (0.5, 1.0)
     """Shares of the harmless prompts and of the VQA questions asked at the default exit, to keep it as it is. A
     question about an image that an early exit does not show teaches guessing, at the default exit too."""
-    refusal_cost: float = 3.0
+    refusal_cost: float = 1.0
     """A refused harmless prompt scores minus this, an answered one 1."""
     reward: str = "builtin"
     """Who scores harmful prompts' answers: builtin (the testbed's own), a run of `exitwise reward train`, a hub id of a
