@@ -198,7 +198,7 @@ def aya_vision() -> Vlm:
     return built("aya_vision", hf.AyaVisionForConditionalGeneration(config), processor)
 
 
-def internvl() -> Vlm:
+def internvl(feature_layer: int = -1) -> Vlm:
     words = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
@@ -211,7 +211,7 @@ def internvl() -> Vlm:
     config = hf.InternVLConfig(
         tie_word_embeddings=False,
         vision_config=vision, text_config=text(hf.Qwen2Config, len(words)), downsample_ratio=0.5,
-        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, vision_feature_layer=-1,
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, vision_feature_layer=feature_layer,
     )  # fmt: skip
     return built("internvl", hf.InternVLForConditionalGeneration(config), processor)
 

@@ -144,6 +144,23 @@ def test_replay_is_the_truncated_and_the_native_model(vlm, images):
                 torch.testing.assert_close(found, torch.cat(list(native)), rtol=0, atol=2e-5)
 
 
+@torch.inference_mode()
+def test_internvl_that_takes_an_inner_layer(images):
+    """Its own setting, -1, normalises the last state; others do not."""
+    vlm = TINY["internvl"](feature_layer=-2)
+    assert vlm.default_exit == BLOCKS - 1
+    inputs = vlm.picture(images["wide"]).inputs
+    found = exit_features(vlm, images["wide"], EXITS)
+    torch.testing.assert_close(found[BLOCKS - 1], joined(vlm.family, vlm.model, inputs), rtol=0, atol=2e-5)
+    for exit in EXITS:
+        with exit_at(vlm, exit):
+            torch.testing.assert_close(found[exit], joined(vlm.family, vlm.model, inputs), rtol=0, atol=2e-5)
+        if (cut := truncated(vlm, exit)) is not None:
+            torch.testing.assert_close(found[exit], joined(vlm.family, cut, inputs), rtol=0, atol=2e-5)
+        native = vlm.model.get_image_features(**inputs, vision_feature_layer=exit, output_hidden_states=True)
+        torch.testing.assert_close(found[exit], torch.cat(list(native.pooler_output)), rtol=0, atol=2e-5)
+
+
 def joined(family, model, inputs):
     return torch.cat(family.features(model, dict(inputs)))
 
