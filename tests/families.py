@@ -211,7 +211,8 @@ def internvl(feature_layer: int = -1) -> Vlm:
     config = hf.InternVLConfig(
         tie_word_embeddings=False,
         vision_config=vision, text_config=text(hf.Qwen2Config, len(words)), downsample_ratio=0.5,
-        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, vision_feature_layer=feature_layer,
+        image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4,
+        vision_feature_layer=feature_layer,
     )  # fmt: skip
     return built("internvl", hf.InternVLForConditionalGeneration(config), processor)
 

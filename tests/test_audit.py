@@ -345,3 +345,12 @@ def test_many_skipped_rows_are_told_in_brief(tiny_folder, tmp_path, capsys):
     assert "skipped 10 more; config.json names them" in told
     assert "30 x the prompt is empty" in told
     assert len(json.loads((tmp_path / "out/config.json").read_text())["skipped"]) == 30
+
+
+def test_a_reader_that_had_enough_ends_it_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from exitwise.cli import entry; entry()", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,6 +1,7 @@
 """The command line: one class a command. Errors are one line and exit code 2; `--debug` shows the traceback."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from .errors import UserError
 from .judges import NAMES
 from .judges.judging import Judging
 
-EXIT_BAD_INPUT, EXIT_STOPPED = 2, 130
+EXIT_BAD_INPUT, EXIT_STOPPED, EXIT_PIPE = 2, 130, 141
 DEMO_LIMIT = 48  # prompts of each kind, three a policy: fewer could not show that two exits are alike
 
 
@@ -492,9 +493,11 @@ def entry(arguments: Sequence[str] | None = None) -> None:
     words = [word for word in words if word != "--debug"]
     if not words:
         words = ["--help"]
-    command = parse(words)
     try:
-        command.run()
+        parse(words).run()
+    except BrokenPipeError:  # the reader had enough, as in `exitwise --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at the end raises again
+        raise SystemExit(EXIT_PIPE) from None
     except UserError as error:
         if debug:
             raise
