@@ -18,6 +18,7 @@ Shapes: N images, S encoder tokens with CLS, P image tokens, D width of the enco
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
@@ -29,6 +30,9 @@ from .vlm import Vlm
 
 Inputs = torch.Tensor | Mapping[str, torch.Tensor]
 
+_EMBEDDERS: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+"""By model, the modules that give a tensor of state 0's shape before the first block runs: what leads to that state."""
+
 
 @torch.inference_mode()
 def encode(vlm: Vlm, inputs: Inputs) -> list[torch.Tensor]:
@@ -38,17 +42,26 @@ def encode(vlm: Vlm, inputs: Inputs) -> list[torch.Tensor]:
         inputs: `vlm.picture(image).inputs`, or pixels (N, 3, height, width) for families that need nothing else.
     """
     states: list[torch.Tensor] = []
+    early: list[tuple[nn.Module, Any]] = []
     first = vlm.blocks[0].register_forward_pre_hook(
         lambda module, args, kwargs: states.append(_given(args, kwargs)), with_kwargs=True
     )
     hooks = [first] + [
         block.register_forward_hook(lambda m, i, out: states.append(_state(out))) for block in vlm.blocks
     ]
+    if vlm.model not in _EMBEDDERS:
+
+        def note(module: nn.Module, given: tuple, out: Any) -> None:
+            if not states:
+                early.append((module, getattr(out, "shape", None)))
+
+        hooks += [module.register_forward_hook(note) for module in _outside(vlm)]
     try:
         vlm.family.features(vlm.model, _named(inputs))
     finally:
         for hook in hooks:
             hook.remove()
+    _EMBEDDERS.setdefault(vlm.model, [module for module, shape in early if shape == states[0].shape])
     return states
 
 
@@ -69,7 +82,7 @@ def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) 
         cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
     else:
         cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
-    with cut, _patches_left_out(vlm, states[0]):
+    with cut, _embedded(vlm, states[0]):
         found = vlm.family.features(vlm.model, _named(inputs))
     return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
@@ -215,17 +228,20 @@ def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator
 
 
 @contextmanager
-def _patches_left_out(vlm: Vlm, embedded: torch.Tensor) -> Iterator[None]:
-    """Convolutions before the first block give zeros, and that block is given `embedded`, state 0, as its input: they
-    are most of what a replay would cost."""
+def _embedded(vlm: Vlm, state: torch.Tensor) -> Iterator[None]:
+    """The first block is given state 0, and what would have made it is left out, most of what a replay would cost:
+    modules that `encode` saw give it, and other convolutions, which give nothing that is read."""
     begun: list[bool] = []
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         begun.append(True)
         if args:
-            return (embedded, *args[1:]), kwargs
+            return (state, *args[1:]), kwargs
         name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"
-        return args, kwargs | {name: embedded}
+        return args, kwargs | {name: state}
+
+    def ready(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return state
 
     def forward_for(convolution: Any) -> Any:
         run = convolution.forward
@@ -238,14 +254,21 @@ def _patches_left_out(vlm: Vlm, embedded: torch.Tensor) -> Iterator[None]:
 
         return forward
 
-    inside = {module for block in vlm.blocks for module in block.modules()}
-    convolutions = [m for m in vlm.model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m not in inside]
+    known = _EMBEDDERS.get(vlm.model, [])
+    convolutions = [m for m in _outside(vlm) if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m not in known]
+    forwards = [(module, ready) for module in known] + [(module, forward_for(module)) for module in convolutions]
     hook = vlm.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        with _forwards([(convolution, forward_for(convolution)) for convolution in convolutions]):
+        with _forwards(forwards):
             yield
     finally:
         hook.remove()
+
+
+def _outside(vlm: Vlm) -> list[nn.Module]:
+    """All modules of the model but its blocks and what they hold."""
+    inside = {module for block in vlm.blocks for module in block.modules()}
+    return [module for module in vlm.model.modules() if module not in inside]
 
 
 @contextmanager
