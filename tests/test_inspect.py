@@ -208,6 +208,16 @@ def test_what_is_neither(home, tmp_path):
         inspect_checkpoint(tmp_path / "empty")
 
 
+def test_code_beside_the_config_is_not_run(tmp_path, monkeypatch):
+    """Not even where somebody at the keyboard says yes to transformers' question."""
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=r"cannot read config\.json"):
+        inspect_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_weights_that_are_not_whole(home, tmp_path):
     folder = copy(home, tmp_path, "full")
     path = folder / "model.safetensors"

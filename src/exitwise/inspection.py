@@ -125,7 +125,7 @@ def _inspect_folder(path: Path) -> Inspection:
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken config makes transformers raise
         said = (" ".join(str(error).split()) or type(error).__name__)[:160]
         raise UserError(f"{path}: transformers cannot read config.json ({said}); restore it") from error
