@@ -407,15 +407,16 @@ def llama4() -> Vlm:
     return built("llama4", hf.Llama4ForConditionalGeneration(config), processor)
 
 
-def mllama() -> Vlm:
+def mllama(global_layers: int = 1) -> Vlm:
     words = tokenizer("<|python_tag|>", image_token="<|image|>")
     processor = hf.MllamaProcessor(
         image_processor=MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4), tokenizer=words,
         chat_template=template("<|image|>"),
     )  # fmt: skip
     vision = hf.MllamaVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=BLOCKS, num_global_layers=1, attention_heads=2,
-        image_size=SIDE, patch_size=PATCH, max_num_tiles=4, intermediate_layers_indices=[0, 2], vision_output_dim=48,
+        hidden_size=16, intermediate_size=32, num_hidden_layers=BLOCKS, num_global_layers=global_layers,
+        attention_heads=2, image_size=SIDE, patch_size=PATCH, max_num_tiles=4, intermediate_layers_indices=[0, 2],
+        vision_output_dim=48,
     )  # fmt: skip
     language = text(
         hf.MllamaTextConfig, len(words), num_hidden_layers=3, cross_attention_layers=[1],

@@ -26,12 +26,14 @@ from exitwise.cli import entry
 from exitwise.data.images import load_image
 from exitwise.engines import hf
 from exitwise.exits import exit_at, exit_features
+from exitwise.families import FAMILIES
 from exitwise.features import FeatureFiles
 from exitwise.policy import drop_encoder
 from exitwise.records import Completion, Sample
 from exitwise.rollout import Answers, Rollout
 from tests.align_setup import HARMFUL, VowelReward, config_of, write_material
 from tests.conftest import ROOT, tiny_llava
+from tests.families import TINY
 
 SEED = int(os.environ.get("EXITWISE_KILL_SEED", "1"))
 
@@ -67,6 +69,32 @@ def assert_same_bytes(out, other):
     found, wanted = bytes_of(out), bytes_of(other)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+# ------------------------------------------------------------------------------------------------ families
+
+ROUTED = ("llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl", "mistral3", "pixtral")
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_a_step_on_another_family(family, material, tmp_path, vowels, monkeypatch):
+    """Two exits, one of them fused; what is saved has learnt and is of the language model alone."""
+    monkeypatch.setattr("exitwise.vlm.load_vlm", lambda *_, **__: TINY[family]())
+    folder = align(config_of(family, material, steps=1, exits="1,1+3", features=None), tmp_path / "run")
+    learnt = load_file(folder / "adapter_model.safetensors")
+    path = FAMILIES[family].language_model
+    assert all(f".{path}." in name for name in learnt)
+    assert all(tensor.any() for name, tensor in learnt.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("family", ["llama4", "mllama", "aya_vision"])
+def test_a_family_without_a_route_is_told_so_before_anything_is_encoded(
+    family, material, tmp_path, vowels, monkeypatch
+):
+    monkeypatch.setattr("exitwise.vlm.load_vlm", lambda *_, **__: TINY[family]())
+    with pytest.raises(UserError, match=f"align has no route for '{family}'"):
+        align(config_of(family, material, features=None), tmp_path / "run")
+    assert not (tmp_path / "run/features").exists()
 
 
 # ------------------------------------------------------------------------------------------------ it learns

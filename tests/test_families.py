@@ -8,6 +8,7 @@ LoRA stays off the tower
 """
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from exitwise import Sample, UserError, encode, exit_at, exit_features
 from exitwise.costs import PROMPT, _inputs, exit_costs
 from exitwise.engines import whole
-from exitwise.engines.hf import Decoding, Request, answer_wave, make_plan, make_rows
+from exitwise.engines.hf import (
+    Decoding,
+    Request,
+    answer_wave,
+    make_plan,
+    make_rows,
+    memory_limits,
+    perplexities,
+)
 from exitwise.exit_names import fused
 from exitwise.exits import replay
 from exitwise.families import FAMILIES, find_blocks, truncated_config
@@ -210,6 +219,25 @@ def first_logits(vlm, rows, features):
     return vlm.model.generate(**inputs, **config).logits[0]
 
 
+@torch.inference_mode()
+def test_what_cross_attention_keeps_of_an_image_is_counted(images, monkeypatch):
+    """mllama's prompt has one token for an image, and some layers hold keys and values of every patch: 6,404 of them in
+    Llama 3.2 Vision."""
+    vlm, free = TINY["mllama"](), 40_000_000
+    row = make_rows(vlm, [Request(Sample("s", "Hi.", "benign", "wide"), 1)], lambda name: layout(vlm, images[name]))
+    inputs = whole.batch_inputs(vlm, row, lambda name, exit: exit_features(vlm, images[name], [exit])[exit])
+    states = inputs["cross_attention_states"]
+    cache = vlm.model(**inputs, use_cache=True).past_key_values
+    read = [layer for layer in cache.layers if layer.keys.shape[2] == states.shape[1]]
+    assert len(read) == 1
+    held = sum(tensor.nbytes for tensor in (states, read[0].keys, read[0].values)) // states.shape[1]  # a patch
+    vision = vlm.model.config.vision_config
+    vision.image_size = 40 * vision.patch_size
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
+    n_rows, _ = memory_limits(vlm, inputs["input_ids"].shape[1])
+    assert 1 < n_rows <= free / 4 / (6404 * held)
+
+
 def test_lora_stays_off_the_tower(vlm):
     from peft import LoraConfig, get_peft_model
 
@@ -285,6 +313,18 @@ def test_an_odd_image_is_encoded_or_refused_in_one_line(vlm, size):
         assert "\n" not in str(error)  # noqa: PT017
     else:
         assert vlm.family.image_in_every_row or ids.count(vlm.image_token_id) == rows
+
+
+@torch.inference_mode()
+def test_perplexity_is_that_of_the_models_own_logits(vlm):
+    texts = ["A cup.", "Sorry, I cannot help with that, and here is why."]
+    opening = vlm.tokenizer(vlm.chat("", with_image=False), add_special_tokens=False).input_ids[-2:]
+    for text, found in zip(texts, perplexities(vlm, texts), strict=True):
+        ids = torch.tensor([opening + vlm.tokenizer(text, add_special_tokens=False).input_ids])
+        forwards = {name: torch.ones_like(ids[:, :-1]) for name in vlm.family.forward_inputs}
+        logits = vlm.model(input_ids=ids[:, :-1], **forwards).logits[0, len(opening) - 1 :]  # no token sees itself
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, len(opening) :])
+        assert found == pytest.approx(min(float(loss.exp()), 1e9), rel=1e-3)
 
 
 def test_every_family_has_a_tiny_model():

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from exitwise import UserError, inspect_checkpoint
 from exitwise.inspection import lines, llama_cpp_exit
-from exitwise.slim import save
+from exitwise.slim import save, save_model
 from tests.conftest import ROOT, tiny_llava
+from tests.families import TINY
 
 spec = importlib.util.spec_from_file_location("mmproj", ROOT / "recipes/llama-cpp/mmproj.py")
 mmproj = importlib.util.module_from_spec(spec)
@@ -76,6 +77,20 @@ def test_config_and_weights_that_differ(home, tmp_path):
     assert fewer.runs_at["transformers"] == 2
 
 
+def test_the_global_encoder_of_mllama_is_no_block(tmp_path):
+    """Llama 3.2 Vision has eight layers behind its 32 blocks; a slim one may have fewer blocks than that."""
+    vlm = TINY["mllama"](global_layers=3)
+    save_model(vlm, 2, tmp_path)
+    found = inspect_checkpoint(tmp_path)
+    assert (found.blocks_held, found.blocks_told, found.runs_at["transformers"]) == (2, 2, 2)
+    assert not found.warnings
+
+
+def test_a_number_of_blocks_that_no_memory_holds(home, tmp_path):
+    found = inspect_checkpoint(copy(home, tmp_path, "slim", vision={"num_hidden_layers": 10**12}))
+    assert any(f"{10**12 - 2} of {10**12} blocks have no weights (first: block 2)" in w for w in found.warnings)
+
+
 def test_several_layers_and_one_that_is_not_there(home, tmp_path):
     assert inspect_checkpoint(copy(home, tmp_path, "full", vision_feature_layer=[1, -2])).runs_at["transformers"] == 3
     (tmp_path / "x").mkdir()
@@ -135,6 +150,8 @@ def test_other_things_an_mmproj_file_may_be(tmp_path):
     assert any("refuses" in warning for warning in beyond.warnings)
     holes = inspect_checkpoint(clip_file(tmp_path / "e", blocks[:2], **told, clip__vision__feature_layer=[3]))
     assert any("block 2" in warning and "cannot load" in warning for warning in holes.warnings)
+    with pytest.raises(UserError, match="expected a list of layers"):
+        inspect_checkpoint(clip_file(tmp_path / "h", blocks, **told, clip__vision__feature_layer=2))
     with pytest.raises(UserError, match="does not say"):
         inspect_checkpoint(clip_file(tmp_path / "f", blocks))
     with pytest.raises(UserError, match="no image encoder"):
@@ -189,6 +206,16 @@ def test_what_is_neither(home, tmp_path):
     (tmp_path / "empty/config.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read config\.json"):
         inspect_checkpoint(tmp_path / "empty")
+
+
+def test_code_beside_the_config_is_not_run(tmp_path, monkeypatch):
+    """Not even where somebody at the keyboard says yes to transformers' question."""
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(UserError, match=r"cannot read config\.json"):
+        inspect_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_that_are_not_whole(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from exitwise import AuditConfig, UserError, audit, load_vlm
 from exitwise.families import FAMILIES
 from exitwise.loading import loading_errors, quantisation
 from exitwise.policy import Policy
+from exitwise.tables import make_tables
 from tests.families import TINY
 
 FAMILY_FOLDERS = ("llava_next", "mllama", "gemma3", "idefics3", "paligemma")  # others' processors need torchvision
@@ -59,12 +61,21 @@ def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, fol
             1001003,
         }
         assert ">1+3<" in report.read_text()
+        said = report.read_text() + make_tables(tmp_path / "a", None, what="all", format="md", with_answers=True)
+        assert not re.search(r"(>|exit |\| )1001003", said)  # people read 1+3
     (tmp_path / "b").mkdir()
     for part in ("config.json", "plan.json", "samples.jsonl"):
         (tmp_path / "b" / part).write_bytes((tmp_path / "a" / part).read_bytes())
     (tmp_path / "b/completions.jsonl").write_bytes(whole[: len(whole) // 2])
     audit(config, tmp_path / "b")
     assert (tmp_path / "b/completions.jsonl").read_bytes() == whole
+
+
+def test_layers_that_cannot_be_fused_are_refused_before_the_run_begins(folder_of, tmp_path):
+    config = AuditConfig(str(folder_of("mllama")), exits="1+3", limit=1, vqa=0, max_new_tokens=2)
+    with pytest.raises(UserError, match="takes several of its own"):
+        audit(config, tmp_path / "run")
+    assert not (tmp_path / "run/plan.json").exists()  # so the command may be corrected
 
 
 def test_an_adapter_goes_on_top_of_another_family(folder_of, tmp_path):
@@ -84,6 +95,14 @@ def test_a_model_is_spread(folder_of):
     assert load_vlm(folder_of("llava_next"), device="spread").shares_prefix  # one device here: nothing to mind
 
 
+def test_a_model_that_does_not_fit_is_refused(folder_of, tmp_path, monkeypatch):
+    parts = ("model.vision_tower", "model.multi_modal_projector", "model.image_newline", "lm_head")
+    spread = dict.fromkeys(parts, "cpu") | {"model.language_model": "disk"}
+    monkeypatch.setattr("exitwise.vlm.placement", lambda _: {"device_map": spread, "offload_folder": tmp_path})
+    with pytest.raises(UserError, match="does not fit the GPUs"):
+        load_vlm(folder_of("llava_next"), device="spread")
+
+
 def test_no_image_processor(folder_of, tmp_path):
     import shutil
 
@@ -99,6 +118,19 @@ def test_few_bits_need_a_package(monkeypatch):
     with pytest.raises(UserError, match="pip install bitsandbytes"):
         quantisation("int4", "cpu", FAMILIES["llava"])
     assert quantisation("bfloat16", "cpu", FAMILIES["llava"]) == {}
+
+
+def test_a_config_that_transformers_refuses(folder_of, tmp_path):
+    import shutil
+
+    shutil.copytree(folder_of("llava_next"), tmp_path / "m")
+    path = tmp_path / "m/config.json"
+    config = json.loads(path.read_text())
+    config["vision_config"]["num_hidden_layers"] = "four"
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"cannot load .*num_hidden_layers.*four") as error:
+        load_vlm(tmp_path / "m")
+    assert "\n" not in str(error.value)
 
 
 def test_a_gated_model_says_what_to_do():

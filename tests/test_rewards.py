@@ -40,6 +40,7 @@ from exitwise.rewards import (
 )
 from exitwise.runs import to_lines
 from tests.conftest import tiny_llava, tiny_processor
+from tests.families import TINY
 
 PROMPTS = ["short", "a rather longer question than that one", "x", "what of\ntwo lines?"]
 ANSWERS = ["yes", "no, and here is why it is not so", "a much longer answer " * 3, ""]
@@ -484,6 +485,17 @@ def test_training_learns_and_can_be_loaded_again(tmp_path, tiny_folder, text_fol
     assert [line["step"] for line in lines] == list(range(len(lines)))
     assert lines[0]["loss"] == pytest.approx(math.log(2))
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.parametrize("family", ["mllama", "idefics3", "llama4"])
+def test_a_language_model_of_another_family(tmp_path, pairs, family, monkeypatch):
+    """Layers that only run beside an image, and language models that lie elsewhere."""
+    monkeypatch.setattr("exitwise.reward_training._is_vlm", lambda source: True)
+    monkeypatch.setattr("exitwise.vlm.load_vlm", lambda name, **_: TINY[family]())
+    metrics = train_reward(small(family, pairs, limit=12), tmp_path / "run")
+    assert metrics["all"]["accuracy"]["n"]
+    held_out = load_preferences(pairs, 12).pairs
+    assert evaluate(load_reward(tmp_path / "run"), held_out)["all"]["accuracy"]["n"] == 12
 
 
 def test_held_out_scores_are_standardised(tmp_path, tiny_folder, pairs):

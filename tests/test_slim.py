@@ -13,12 +13,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from exitwise import SlimConfig, UserError, describe, exit_at, load_vlm, slim
+from exitwise import SlimConfig, UserError, describe, exit_at, inspect_checkpoint, load_vlm, slim
 from exitwise.audit import fingerprint
 from exitwise.families import find_blocks
 from exitwise.slim import _published_names, _reload, answers, compare, save, save_model, savings
 from tests.conftest import tiny_llava
 from tests.families import TINY
+from tests.test_loading import FAMILY_FOLDERS
 from tests.test_vlm import adapter
 
 QUESTION = "What is this?"
@@ -163,6 +164,30 @@ def test_every_family_is_what_it_was_at_the_exit(family, tmp_path, pictures):
         with exit_at(vlm, exit):
             wanted = vlm.model(**inputs).logits
         torch.testing.assert_close(model.eval()(**inputs).logits, wanted, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILY_FOLDERS)
+def test_the_check_of_another_family(family, tmp_path):
+    """Through the folder, its processor and `generate`, as users have it."""
+    vlm = TINY[family]()
+    vlm.model.save_pretrained(tmp_path / "full")
+    vlm.processor.save_pretrained(tmp_path / "full")
+    folder = slim(SlimConfig(str(tmp_path / "full"), 2, check=True), tmp_path / "slim")
+    note = json.loads((folder / "exitwise.json").read_text())
+    assert note["check"]["tokens"]
+    assert inspect_checkpoint(folder).runs_at["transformers"] == 2
+
+
+def test_a_connector_of_several_layers(tmp_path):
+    """Layers 1 and 3 of 4: behind the deepest, cutting takes away what does not count, and the exit is no other."""
+    vlm = TINY["llava"](feature_layer=[1, -2])
+    vlm.model.save_pretrained(tmp_path / "full")
+    vlm.processor.save_pretrained(tmp_path / "full")
+    for exit, layers in ((3, [1, 3]), (2, [1, 2])):
+        folder = slim(SlimConfig(str(tmp_path / "full"), exit, check=True), tmp_path / str(exit))
+        assert json.loads((folder / "config.json").read_text())["vision_feature_layer"] == layers
+    with pytest.raises(UserError, match=r"exit 4 of .* is its default exit again.* give --exit 3 or less"):
+        slim(SlimConfig(str(tmp_path / "full"), 4, check=True), tmp_path / "4")
 
 
 def test_an_adapter_is_merged_and_checked(full, tmp_path):

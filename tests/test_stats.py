@@ -194,6 +194,7 @@ def test_disparity():
     assert (ratio, largest, smallest) == (None, 0, 4)
     assert reason == "the smallest share, at exit 4, is 0"
     assert disparity({}).reason == "nothing was measured"
+    assert "at exit 3+18," in (disparity({1: 0.5, 1_003_018: 0.0}).reason or "")
 
 
 def two_way(outcomes, rows, columns, seed=0):

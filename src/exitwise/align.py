@@ -35,9 +35,10 @@ from .audit import Progress, Silent, environment, fingerprint, plain
 from .data.prompts import builtin_refusals
 from .engines.hf import Decoding, Request, make_rows
 from .errors import UserError
+from .exit_names import name_of
 from .features import FeatureFiles, writing
 from .judges.refusal import judge_completion
-from .policy import Policy, check_context, drop_encoder
+from .policy import Policy, check_context, check_route, drop_encoder
 from .rollout import (
     Answers,
     MatcherReward,
@@ -559,6 +560,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
             trust_remote_code=config.trust_remote_code,
             say=progress.say,
         )
+    check_route(vlm)  # before an hour of encoding
     exits = batches.choose_exits(config, vlm.n_blocks, vlm.default_exit)
     identity = fingerprint(vlm)
     if plan and plan["model_sha256"] != identity:
@@ -617,7 +619,9 @@ def _first_state(bench: Bench) -> State:
         asr = {row["exit"]: row["asr"]["value"] for row in metrics["exits"] if row["asr"]["value"] is not None}
         missing = [exit for exit in trained if exit not in asr]
         if missing:
-            raise UserError(f"the audit {config.audit} has no ASR at exit {missing[0]}; audit the exits of --exits")
+            raise UserError(
+                f"the audit {config.audit} has no ASR at exit {name_of(missing[0])}; audit the exits of --exits"
+            )
         weights = batches.next_weights(weights, {exit: asr[exit] for exit in trained})
     return State(0, config.kl_coef, weights)
 

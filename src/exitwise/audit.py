@@ -216,9 +216,12 @@ def generate(
             say=progress.say,
         )
     from .engines import hf
+    from .exits import check
     from .features import FeatureCache
 
     exits = parse_exits(config.exits, vlm.n_blocks, vlm.default_exit)
+    for exit in exits:
+        check(vlm, exit)  # before a plan is written: until then a typo may be corrected
     runs.write_json(out / "env.json", environment(vlm))
     features = FeatureCache(vlm, exits, lambda name: images.load_image(name, roots), clock)
     samples, unasked = _askable(vlm, samples)

@@ -20,7 +20,7 @@ class AuditConfig:
     """What an audit asks; every field lands in config.json."""
 
     model: Positional[str]
-    """testbed, testbed-control, a folder or a hub id of a LLaVA-1.5-style checkpoint."""
+    """testbed, testbed-control, a folder or a hub id of a model of a supported family (docs/families.md)."""
     adapter: str | None = None
     """A PEFT adapter for the language model: a folder, a hub id, or the run directory of `exitwise align`."""
     exits: str = "all"

@@ -95,7 +95,7 @@ def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[in
             model cannot take.
     """
     for exit in exits:
-        _check(vlm, exit)
+        check(vlm, exit)
     inputs = vlm.picture(image).inputs
     try:
         states = encode(vlm, inputs)
@@ -116,7 +116,7 @@ def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
     Raises:
         UserError: the exit lies outside 0 .. L.
     """
-    _check(vlm, exit)
+    check(vlm, exit)
     cut: AbstractContextManager[None]
     if exit == vlm.default_exit:
         cut = nullcontext()
@@ -130,7 +130,8 @@ def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
         yield vlm
 
 
-def _check(vlm: Vlm, exit: int) -> None:
+def check(vlm: Vlm, exit: int) -> None:
+    """Raises UserError where an exit lies outside 0 .. L, or fuses layers that the model cannot fuse."""
     layers = layers_of(exit)
     if not all(0 <= layer <= vlm.n_blocks for layer in layers):
         raise UserError(

@@ -205,6 +205,8 @@ class Family(NamedTuple):
     """What the encoder takes of what the processor gives."""
     token_inputs: tuple[str, ...] = ()
     """What `generate` needs beside ids: one value a token, padded with 0."""
+    forward_inputs: tuple[str, ...] = ()
+    """What must be 1 at every token of a bare text for it to be read forwards only, as answers are."""
     grid_inputs: tuple[str, ...] = ()
     """The same, one row an image."""
     features: Callable[[Any, Tensors], list[torch.Tensor]] = stock_features
@@ -272,7 +274,7 @@ FAMILIES = {
     "mistral3": _SIZED,
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
-    "paligemma": _GEMMA._replace(plain=("{image}{text}", "{bos}{text}\n")),
+    "paligemma": _GEMMA._replace(forward_inputs=("token_type_ids",), plain=("{image}{text}", "{bos}{text}\n")),
     "gemma3": _GEMMA,
     "gemma4": _GEMMA._replace(
         projector="model.embed_vision",
@@ -289,7 +291,7 @@ FAMILIES = {
     "llama4": Family(
         "vision_model",
         "multi_modal_projector",
-        "language_model",
+        "language_model.model",
         blocks="model.layers",
         route="whole",
         features=llama4_features,

@@ -34,7 +34,8 @@ ADAPTER_GRAPH = ("adapter",)
 VLLM_TOWERS = ("clip_vision_model", "siglip_vision_model", "pixtral")
 LLAMA_CPP_TOWERS = ("clip_vision_model", "siglip_vision_model")
 TOWERS = r"(?:vision_tower|vision_model|visual|vision_encoder|vision_embed_tokens)"
-BLOCK = re.compile(rf"(?:^|\.){TOWERS}\.(?:.*\.)?(?:layers|layer|blocks|resblocks)\.(\d+)\.")
+# mllama's global encoder has layers of its own behind the blocks.
+BLOCK = re.compile(rf"(?:^|\.){TOWERS}\.(?!global_transformer)(?:.*\.)?(?:layers|layer|blocks|resblocks)\.(\d+)\.")
 GGUF_BLOCK = re.compile(r"v\.blk\.(\d+)\.")
 MANY = "several layers"
 
@@ -124,10 +125,10 @@ def _inspect_folder(path: Path) -> Inspection:
 
     try:
         with quiet():
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a broken config makes transformers raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{path}: transformers cannot read config.json ({first}); restore it") from error
+        said = (" ".join(str(error).split()) or type(error).__name__)[:160]
+        raise UserError(f"{path}: transformers cannot read config.json ({said}); restore it") from error
     vision = getattr(config, "vision_config", None)
     if vision is None:
         raise UserError(f"{path} is a {config.model_type!r} model without an image encoder; nothing to inspect")
@@ -169,6 +170,8 @@ def _inspect_gguf(path: Path) -> Inspection:
     if not isinstance(told, int):
         raise UserError(f"{path} does not say clip.vision.block_count; llama.cpp would refuse it; convert again")
     layers = fields.get("clip.vision.feature_layer")
+    if layers is not None and not (isinstance(layers, list) and all(isinstance(layer, int) for layer in layers)):
+        raise UserError(f"{path} says clip.vision.feature_layer = {layers!r}; expected a list of layers; convert again")
     blocks = _blocks(names, GGUF_BLOCK)
     found = Inspection(str(path), "gguf", f"mmproj ({projector})", told, len(blocks), layers)
     exit = llama_cpp_exit(projector, told, layers or ())
@@ -254,13 +257,12 @@ def _check_blocks(found: Inspection, blocks: set[int]) -> None:
     told = found.blocks_told
     if told is None:
         return
-    if lacking := sorted(set(range(told)) - blocks):
+    if n_lacking := max(told, 0) - sum(block < told for block in blocks):
+        first = next(block for block in range(told) if block not in blocks)
         what = "fills them with random numbers" if found.kind == "huggingface" else "cannot load it"
         runtime = "transformers" if found.kind == "huggingface" else "llama.cpp"
-        found.warnings.append(
-            f"{len(lacking)} of {told} blocks have no weights (first: block {lacking[0]}); {runtime} {what}"
-        )
-    if extra := sorted(blocks - set(range(told))):
+        found.warnings.append(f"{n_lacking} of {told} blocks have no weights (first: block {first}); {runtime} {what}")
+    if extra := sorted(block for block in blocks if block >= told):
         found.warnings.append(f"the weights of block {extra[0]} and later are never run: only {told} blocks are built")
     for runtime, exit in found.runs_at.items():
         if exit is not None and not 0 <= exit <= told:

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import stats
 from .data.controls import control_of
-from .exit_names import band_of, ranges, thirds
+from .exit_names import band_of, name_of, ranges, thirds
 from .outcomes import GUARD_LABELS, METRICS, Reading, Readings, caveat, outcome, read_all
 from .records import Completion, Sample, Verdict
 
@@ -331,8 +331,9 @@ def _utility_sentence(
     best = max(rest, key=lambda e: e["utility"]["value"])
     share = f"{best['asr']['value']:.0%}".replace("%", " %")
     if best["asr"]["value"] <= home["asr"]["value"]:
-        return f"Exit {best['exit']} keeps {best['utility']['value']:.2f} of utility ({there})."
-    return f"Exit {best['exit']} keeps {best['utility']['value']:.2f} of utility ({there}), but {share} get through."
+        return f"Exit {name_of(best['exit'])} keeps {best['utility']['value']:.2f} of utility ({there})."
+    kept = f"Exit {name_of(best['exit'])} keeps {best['utility']['value']:.2f} of utility ({there})"
+    return f"{kept}, but {share} get through."
 
 
 def _exits(exits: list[int]) -> str:

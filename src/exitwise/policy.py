@@ -52,11 +52,7 @@ class Policy(nn.Module):
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
-        if not vlm.shares_prefix:
-            raise UserError(
-                f"align has no route for {vlm.model.config.model_type!r} models yet; it takes families whose prompts "
-                "share a prefix (docs/families.md), an audit takes all"
-            )
+        check_route(vlm)
         targets = vlm.family.lora_targets
         config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
         with warnings.catch_warnings():
@@ -210,6 +206,15 @@ def _pictures(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str, An
     """The image features of the rows, in their order, as the model takes them."""
     found = [features(row.request.sample.image, row.request.exit) for row in rows]
     return vlm.family.placed(vlm.model, found) if found else {}
+
+
+def check_route(vlm: Vlm) -> None:
+    """Raises UserError for a model whose prompts share no prefix."""
+    if not vlm.shares_prefix:
+        raise UserError(
+            f"align has no route for {vlm.model.config.model_type!r} models yet; it takes families whose prompts "
+            "share a prefix (docs/families.md), an audit takes all"
+        )
 
 
 def drop_encoder(vlm: Vlm) -> None:

@@ -49,7 +49,9 @@ from .rewards import (
 from .stats import wilson
 from .vlm import FAMILIES, TESTBEDS
 
-VLM_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+VLM_TARGETS = (
+    r".*(language_model|language_model\.model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+)
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-5}
 CALIBRATION_BINS = 10
 ALL = "all"
@@ -149,7 +151,7 @@ def _is_vlm(source: str) -> bool:
     from transformers import AutoConfig
 
     with quiet(), loading_errors(source):
-        return AutoConfig.from_pretrained(source).model_type in FAMILIES
+        return AutoConfig.from_pretrained(source, trust_remote_code=False).model_type in FAMILIES
 
 
 def make_trainee(base: Base, config: RewardConfig) -> Trainee:
@@ -293,8 +295,10 @@ def save_checkpoint(path: Path, step: int, weights: dict[str, torch.nn.Parameter
     tensors = {}
     for name, weight in weights.items():
         state = optimizer.state[weight]
-        for key, tensor in (("weight", weight.data), ("first", state["exp_avg"]), ("second", state["exp_avg_sq"])):
-            tensors[f"{key}/{name}"] = tensor.contiguous()
+        tensors[f"weight/{name}"] = weight.data.contiguous()
+        for key, moment in (("first", "exp_avg"), ("second", "exp_avg_sq")):
+            # layers that run only where there is an image (mllama) have no moments
+            tensors[f"{key}/{name}"] = state[moment].contiguous() if moment in state else torch.zeros_like(weight.data)
     scratch = path.with_name(path.name + ".tmp")
     save_file(tensors, scratch, metadata={"step": str(step)})
     with open(scratch, "rb") as handle:

@@ -127,6 +127,11 @@ def check_exit(vlm: Vlm, exit: int) -> None:
         raise UserError(
             f"exit {exit} is not there: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} (default {vlm.default_exit})"
         )
+    if vlm.takes_layers and exit > vlm.default_exit:
+        raise UserError(
+            f"exit {exit} of {vlm.name} is its default exit again: its connector takes no layer behind "
+            f"{vlm.default_exit}; give --exit {vlm.default_exit} or less"
+        )
 
 
 def check_free(out: Path) -> None:

@@ -87,7 +87,7 @@ def _front_matter(note: dict[str, Any]) -> str:
 
 def _language_model(note: dict[str, Any]) -> str:
     return (
-        "An adapter is merged into the language model."
+        "An adapter is merged into the weights."
         if note["adapter"]
         else "The language model is the source's, unchanged."
     )

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .exit_names import name_of
+
 CONFIDENCE = 0.95
 
 
@@ -335,5 +337,5 @@ def disparity(shares: Mapping[int, float]) -> Disparity:
     largest = max(order, key=shares.__getitem__)
     smallest = min(order, key=shares.__getitem__)
     if shares[smallest] == 0:
-        return Disparity(None, largest, smallest, f"the smallest share, at exit {smallest}, is 0")
+        return Disparity(None, largest, smallest, f"the smallest share, at exit {name_of(smallest)}, is 0")
     return Disparity(shares[largest] / shares[smallest], largest, smallest, None)

@@ -255,7 +255,7 @@ def costs(run: Run) -> Table:
     rows = []
     for row in found["rows"]:
         seconds = row["seconds"] or {}
-        cells = [str(row["exit"]), *(str(row[key]["total"]) for key in ("parameters", "bytes"))]
+        cells = [name_of(row["exit"]), *(str(row[key]["total"]) for key in ("parameters", "bytes"))]
         cells += [str(row["flops"][part]) for part in ("encoder", "total")] + [_percent(row["saved"])]
         cells += [f"{1000 * seconds[part]['median']:.3f}" if seconds else "" for part in ("encoder", "total")]
         cells += [_percent(row[key]["value"]) for key in ("asr", "utility")]
@@ -283,9 +283,9 @@ def _telling(pair: Sequence[Run], default: int, worst: int) -> str | None:
 def _example(name: str, run: Run, key: str, exit_: int, with_answers: bool) -> list[str]:
     completion, reading = run.completions.get((key, exit_)), run.readings.get(exit_, {}).get(key)
     if completion is None or reading is None:
-        return [name, str(exit_), "not asked", ""]
+        return [name, name_of(exit_), "not asked", ""]
     text = completion.text if len(completion.text) <= ANSWER_LIMIT else completion.text[:ANSWER_LIMIT] + " …"
-    return [name, str(exit_), reading.label, text if with_answers else HIDDEN]
+    return [name, name_of(exit_), reading.label, text if with_answers else HIDDEN]
 
 
 # Figures with their intervals

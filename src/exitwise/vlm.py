@@ -239,6 +239,11 @@ def load_vlm(
         lost = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
         if lost:  # transformers would go on with random numbers there
             raise UserError(f"the weights of {name} are not whole: {len(lost)} missing or misshapen, first {lost[0]}")
+        if any(parameter.is_meta for parameter in model.parameters()):  # left in memory or on disk by accelerate
+            raise UserError(
+                f"{name} does not fit the GPUs of this machine together, and exits are not run with parts of a model "
+                "in memory or on disk; give --dtype int8 or int4, or a larger machine"
+            )
     for path in (builtin, adapter and adapter_folder(adapter)):
         if path is not None:
             model = with_adapter(model, path, merge=not small)

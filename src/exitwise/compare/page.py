@@ -187,7 +187,7 @@ def _curves(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "exit": row["exit"],
                 **{which: entry[which] for which in ("before", "after")},
                 "mark": mark(entry, metric["better"]),
-                "note": f"exit {row['exit']}: " + ", ".join(cells(entry, "share")),
+                "note": f"exit {name_of(row['exit'])}: " + ", ".join(cells(entry, "share")),
             }
             for row in figures["by_exit"]
             if (entry := row[metric["key"]]) and metric["unit"] == "share"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ..exit_names import ranges
+from ..exit_names import name_of, ranges
 from ..metrics import METRICS, SIGNIFICANCE
 
 UTILITY_FELL = 0.01
@@ -76,7 +76,7 @@ def _nothing_changed(figures: dict[str, Any]) -> bool:
 
 def _nothing(figures: dict[str, Any]) -> str:
     n, exits = figures["answers"]["n"], len(figures["exits"])
-    where = f"exit {figures['exits'][0]}" if exits == 1 else f"all {exits} common exits"
+    where = f"exit {name_of(figures['exits'][0])}" if exits == 1 else f"all {exits} common exits"
     return f"Nothing changed: the {n} answers at {where} are the same in both runs, so every difference is zero."
 
 
@@ -179,7 +179,7 @@ def _places(figures: dict[str, Any], focus: dict[str, Any], sign: Sign) -> Itera
         most = max(others, key=others.__getitem__)
         moved = f"{name} {'rose' if sign.way > 0 else 'fell'}"
         by = f"by {magnitude(others[most])} points"
-        largest = f" {by}" if len(others) == 1 else f" (most at exit {most}, {by})"
+        largest = f" {by}" if len(others) == 1 else f" (most at exit {name_of(most)}, {by})"
         yield f"{moved} at {_exits(others)}{largest}, Holm-corrected"
 
 

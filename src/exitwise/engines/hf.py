@@ -46,6 +46,10 @@ __all__ = [
 ]
 
 
+LOGITS = 1 << 26
+"""Values of the logits of one forward pass, where those of all tokens are asked for: a quarter of a gigabyte."""
+
+
 class _Layer(DynamicLayer):
     """Keys and values in one buffer with room for the whole answer: a step writes its column instead of copying all."""
 
@@ -218,20 +222,21 @@ def perplexities(vlm: Vlm, texts: Sequence[str], max_tokens: int = 256) -> list[
     The text-only model is the reference: it is the same at every exit. exp(mean negative log-likelihood per token) over
     the first `max_tokens` tokens, 4 significant digits; None for a text without tokens.
     """
-    tokenizer = vlm.tokenizer
+    tokenizer, vocabulary = vlm.tokenizer, vlm.model.config.get_text_config().vocab_size
     opening = tokenizer(vlm.chat("", with_image=False), add_special_tokens=False).input_ids[-2:]  # where answers begin
     rows = [tokenizer(text, add_special_tokens=False).input_ids[:max_tokens] for text in texts]
     found: list[float | None] = [None] * len(texts)
     order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: (len(rows[i]), i))
-    step = max(1, PREFILL_TOKENS // max((len(rows[i]) + len(opening) for i in order), default=1))
+    room = min(PREFILL_TOKENS, LOGITS // vocabulary)
+    step = max(1, room // max((len(rows[i]) + len(opening) for i in order), default=1))
     for start in range(0, len(order), step):
         part = order[start : start + step]
         longest = max(len(rows[i]) for i in part)
         ids = torch.tensor([opening + rows[i] + [0] * (longest - len(rows[i])) for i in part], device=vlm.device)
-        hidden = vlm.model.model(input_ids=ids, use_cache=False).last_hidden_state  # right padding: causal, no mask
+        forwards = {name: torch.ones_like(ids) for name in vlm.family.forward_inputs}
+        said = vlm.model(input_ids=ids, use_cache=False, **forwards).logits  # right padding: causal, no mask
         for line, i in enumerate(part):
             span = slice(len(opening) - 1, len(opening) - 1 + len(rows[i]))
-            logits = vlm.model.lm_head(hidden[line, span]).float()
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[i], device=vlm.device))
+            loss = torch.nn.functional.cross_entropy(said[line, span].float(), torch.tensor(rows[i], device=vlm.device))
             found[i] = float(f"{min(float(loss.exp()), 1e9):.4g}")
     return found

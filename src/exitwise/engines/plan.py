@@ -108,6 +108,17 @@ def _chunk(prefixes: list[tuple], tokens: int) -> list[list[tuple]]:
     return pieces
 
 
+def _image_values(vlm: Vlm) -> int:
+    """Values that a row holds of its image beside its tokens: for cross-attention all states, once more while they are
+    stacked, and their keys and values in every layer that reads them."""
+    if not vlm.family.image_in_every_row:
+        return 0
+    vision, text = vlm.model.config.vision_config, vlm.model.config.text_config
+    states = vision.max_num_tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    return states * 2 * (text.hidden_size + len(text.cross_attention_layers) * width)
+
+
 def memory_limits(vlm: Vlm, longest: int) -> tuple[int, int]:
     """(rows of a batch, prefix tokens of a wave) that fit a quarter of the free memory each.
 
@@ -120,6 +131,7 @@ def memory_limits(vlm: Vlm, longest: int) -> tuple[int, int]:
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * size
     # Beside its keys and values (twice while rows are copied), a row holds logits and, in prefill, a few layer outputs.
     row = longest * (2 * token + size * 4 * (config.hidden_size + config.intermediate_size)) + 3 * 4 * config.vocab_size
+    row += size * _image_values(vlm)
     gpu = vlm.device.type == "cuda"
     free = torch.cuda.mem_get_info(vlm.device)[0] if gpu else psutil.virtual_memory().available
     rows = max(1, min(int(free / 4 / row), MAX_BATCH_GPU if gpu else MAX_BATCH_CPU))

@@ -159,7 +159,7 @@ def _costs(folder: Path, figures: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _cost_note(row: Mapping[str, Any], mark: str, n_blocks: int) -> str:
     lines = [
-        f"exit {row['exit']}/{n_blocks}: {mark}",
+        f"exit {name_of(row['exit'])}/{n_blocks}: {mark}",
         f"compute saved {share(row['saved'])}",
         f"ASR {percent(row['asr']['value'])} {bounds(row['asr'])}".rstrip(),
         f"Utility {percent(row['utility']['value'])} {bounds(row['utility'])}".rstrip(),

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
+from ..exit_names import name_of
+
 LEFT, RIGHT, TOP, BELOW = 46, 26, 56, 44
 PALEST = 0.12
 """Opacity of the least useful exit; the most useful one has 1."""
@@ -107,7 +109,8 @@ def _labels(plot: _Plot, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         asr, useful = row["asr"], row["utility"]["value"]
         y = plot.y(asr["value"] if asr["high"] is None else asr["high"])
         y = min(y, plot.y(asr["value"]) - 7) - 6
-        yield f'<text class="exit {_kind(row)}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{row["exit"]}</text>'
+        name = name_of(row["exit"])
+        yield f'<text class="exit {_kind(row)}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{name}</text>'
         alone = all(abs(x - other) >= WORDS for other in places if other != x)
         if row["by"] == () and useful is not None and alone:
             share = f"{100 * useful:.0f} %"
