@@ -1,6 +1,7 @@
 """What can be asked of loading (where, how small, with which adapter), and what can go wrong with it, in one line."""
 
 import importlib.util
+import json
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,15 @@ def adapter_folder(path: str | Path) -> str | Path:
     if not Path(path, "adapter/exitwise.json").exists():
         raise UserError(f"{path} has no finished adapter; finish the alignment with the command that began it")
     return Path(path, "adapter")
+
+
+def trained_on(adapter: str | Path) -> str | None:
+    """The base model that a PEFT folder names; None for a hub id, and where none can be read."""
+    try:
+        fields = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))
+        return fields["base_model_name_or_path"] or None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # what is wrong is said where it is loaded
 
 
 def check_device(device: str) -> None:

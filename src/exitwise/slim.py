@@ -116,14 +116,14 @@ def truncated(vlm: Vlm, exit: int) -> Any:
 
 
 def check_exit(vlm: Vlm, exit: int) -> None:
-    """Raises UserError for an exit outside 0 .. L, and for one that the family's config cannot say."""
-    if 0 <= exit <= vlm.n_blocks and truncated_config(vlm.model.config, exit) is None:
+    """Raises UserError for an exit outside 1 .. L, and for one that the family's config cannot say."""
+    none = 0 < exit <= vlm.n_blocks and truncated_config(vlm.model.config, exit) is None
+    if exit == 0 or none:
         raise UserError(
-            f"exit {exit} of {vlm.name} cannot be had by cutting: transformers has no {vlm.model.config.model_type} "
-            f"encoder of {exit} blocks that gives features; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the "
-            "full model)"
+            f"exit {exit} of {vlm.name} cannot be had by cutting: an encoder of {exit} blocks gives no features in "
+            f"most families; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the full model)"
         )
-    if not 0 <= exit <= vlm.n_blocks:
+    if not 0 < exit <= vlm.n_blocks:
         raise UserError(
             f"exit {exit} is not there: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} (default {vlm.default_exit})"
         )
