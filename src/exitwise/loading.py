@@ -1,6 +1,7 @@
 """What can be asked of loading (where, how small, with which adapter), and what can go wrong with it, in one line."""
 
 import importlib.util
+import json
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,15 @@ def adapter_folder(path: str | Path) -> str | Path:
     if not Path(path, "adapter/exitwise.json").exists():
         raise UserError(f"{path} has no finished adapter; finish the alignment with the command that began it")
     return Path(path, "adapter")
+
+
+def other_base(adapter: str | Path, name: str | Path) -> str:
+    """The base model that an adapter's own config names, where that is not `name`; "" where it is or cannot be told."""
+    try:
+        base = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return str(base) if base and Path(base).resolve() != Path(name).resolve() else ""
 
 
 def check_device(device: str) -> None:
