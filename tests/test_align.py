@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+import exitwise.align
 from exitwise import UserError, batches, load_vlm, signatures
 from exitwise.align import align, shape_scores
 from exitwise.align_config import AlignConfig
@@ -122,6 +123,55 @@ def test_a_reward_for_one_token_makes_it_likelier(peaked, material, tmp_path, mo
     scores = [row["rollout/harmful_score"] for row in rows_of(tmp_path / "run")]
     assert sum(scores[-2:]) > 2 * sum(scores[:2])
     assert all(row["objective/kl"] > 0 for row in rows_of(tmp_path / "run")[4:])
+
+
+def test_an_update_is_that_of_plain_loops(tiny_folder, material, tmp_path, monkeypatch, vowels):
+    """Rollout to gradient, from a policy that has moved: KL and values are not zero, and neither gamma nor lambda is 1.
+
+    AdamW's first moment after one update is a tenth of the gradient.
+    """
+    real, wanted = exitwise.align.collect, {}
+    options = {"gamma": 0.9, "lam": 0.8, "kl_coef": 0.3, "vf_coef": 0.2, "max_grad_norm": 1e9}
+
+    def collect(bench, *rest):
+        torch.manual_seed(3)
+        for name, parameter in bench.policy.trainable().items():
+            if "lora_B" in name or "value_head" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        rollout = real(bench, *rest)
+        answers, texts = rollout.answers, [c.text for c in rollout.completions]
+        new, ref = (bench.policy(*answers, bench.features, reference=reference) for reference in (False, True))
+        rows = []  # of each answer: (advantage, return) of each token
+        for i, score in enumerate(VowelReward().scores(texts, texts).tolist()):
+            n = len(rollout.completions[i].tokens)
+            values = [*new.values[i, :n].tolist(), 0.0]
+            kl = (new.logprobs[i, :n] - ref.logprobs[i, :n]).tolist()
+            rewards = [-0.3 * x for x in kl]
+            rewards[-1] += score
+            deltas = [rewards[t] + 0.9 * values[t + 1] - values[t] for t in range(n)]
+            gains = [sum((0.9 * 0.8) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+            rows.append([(gain, gain + values[t]) for t, gain in enumerate(gains)])
+        gains = [gain for row in rows for gain, _ in row]
+        mean = sum(gains) / len(gains)
+        deviation = (sum((gain - mean) ** 2 for gain in gains) / len(gains)) ** 0.5
+        loss = torch.zeros(())
+        for i, row in enumerate(rows):
+            for t, (gain, goal) in enumerate(row):
+                ratio = torch.exp(new.logprobs[i, t] - new.logprobs[i, t].detach())
+                loss = loss - (gain - mean) / deviation * ratio + 0.2 * (new.values[i, t] - goal) ** 2
+        (loss / len(gains)).backward()
+        wanted.update({name: p.grad.clone() for name, p in bench.policy.trainable().items()})
+        bench.optimizer.zero_grad()
+        return rollout
+
+    monkeypatch.setattr(exitwise.align, "collect", collect)
+    config = config_of(tiny_folder, material, steps=1, num_ppo_epochs=1, num_mini_batches=1, **options)
+    align(config, tmp_path / "run")
+    moments = load_file(tmp_path / "run/checkpoints/step-000001/optimizer.safetensors")
+    for i, (name, gradient) in enumerate(wanted.items()):
+        largest = float(gradient.abs().max())
+        assert largest > 1e-5, name
+        assert torch.allclose(10 * moments[f"{i}.exp_avg"], gradient, rtol=1e-3, atol=1e-4 * largest), name
 
 
 def test_sft_loss_falls(tiny_folder, material, tmp_path):
