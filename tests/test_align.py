@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from typing import ClassVar
 
 import pytest
 import torch
+from accelerate import tracking
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+import exitwise.align
 from exitwise import UserError, batches, load_vlm, signatures
 from exitwise.align import align, shape_scores
 from exitwise.align_config import AlignConfig
@@ -150,6 +153,55 @@ def test_a_reward_for_one_token_makes_it_likelier(peaked, material, tmp_path, mo
     assert all(row["objective/kl"] > 0 for row in rows_of(tmp_path / "run")[4:])
 
 
+def test_an_update_is_that_of_plain_loops(tiny_folder, material, tmp_path, monkeypatch, vowels):
+    """Rollout to gradient, from a policy that has moved: KL and values are not zero, and neither gamma nor lambda is 1.
+
+    AdamW's first moment after one update is a tenth of the gradient.
+    """
+    real, wanted = exitwise.align.collect, {}
+    options = {"gamma": 0.9, "lam": 0.8, "kl_coef": 0.3, "vf_coef": 0.2, "max_grad_norm": 1e9}
+
+    def collect(bench, *rest):
+        torch.manual_seed(3)
+        for name, parameter in bench.policy.trainable().items():
+            if "lora_B" in name or "value_head" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        rollout = real(bench, *rest)
+        answers, texts = rollout.answers, [c.text for c in rollout.completions]
+        new, ref = (bench.policy(*answers, bench.features, reference=reference) for reference in (False, True))
+        rows = []  # of each answer: (advantage, return) of each token
+        for i, score in enumerate(VowelReward().scores(texts, texts).tolist()):
+            n = len(rollout.completions[i].tokens)
+            values = [*new.values[i, :n].tolist(), 0.0]
+            kl = (new.logprobs[i, :n] - ref.logprobs[i, :n]).tolist()
+            rewards = [-0.3 * x for x in kl]
+            rewards[-1] += score
+            deltas = [rewards[t] + 0.9 * values[t + 1] - values[t] for t in range(n)]
+            gains = [sum((0.9 * 0.8) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+            rows.append([(gain, gain + values[t]) for t, gain in enumerate(gains)])
+        gains = [gain for row in rows for gain, _ in row]
+        mean = sum(gains) / len(gains)
+        deviation = (sum((gain - mean) ** 2 for gain in gains) / len(gains)) ** 0.5
+        loss = torch.zeros(())
+        for i, row in enumerate(rows):
+            for t, (gain, goal) in enumerate(row):
+                ratio = torch.exp(new.logprobs[i, t] - new.logprobs[i, t].detach())
+                loss = loss - (gain - mean) / deviation * ratio + 0.2 * (new.values[i, t] - goal) ** 2
+        (loss / len(gains)).backward()
+        wanted.update({name: p.grad.clone() for name, p in bench.policy.trainable().items()})
+        bench.optimizer.zero_grad()
+        return rollout
+
+    monkeypatch.setattr(exitwise.align, "collect", collect)
+    config = config_of(tiny_folder, material, steps=1, num_ppo_epochs=1, num_mini_batches=1, **options)
+    align(config, tmp_path / "run")
+    moments = load_file(tmp_path / "run/checkpoints/step-000001/optimizer.safetensors")
+    for i, (name, gradient) in enumerate(wanted.items()):
+        largest = float(gradient.abs().max())
+        assert largest > 1e-5, name
+        assert torch.allclose(10 * moments[f"{i}.exp_avg"], gradient, rtol=1e-3, atol=1e-4 * largest), name
+
+
 def test_sft_loss_falls(tiny_folder, material, tmp_path):
     align(config_of(tiny_folder, material, method="sft", steps=6, lr=2e-2, batch_size=16), tmp_path / "run")
     losses = [row["loss/policy_avg"] for row in rows_of(tmp_path / "run")]
@@ -209,8 +261,8 @@ def test_scores_are_shaped_row_by_row():
         None, torch.zeros(4, 1), torch.tensor([5.0, -1.0, 1.0, -1.0]),
     )  # fmt: skip
     shaped = lambda **options: shape_scores(AlignConfig("testbed", **options), rollout).tolist()
-    assert shaped() == [5, -3, 1, -1]
-    assert shaped(refusal_cost=1) == [5, -1, 1, -1]
+    assert shaped() == [5, -1, 1, -1]
+    assert shaped(refusal_cost=3) == [5, -3, 1, -1]
     assert shaped(refusal_cost=4, reward_clip=2) == [2, -2, 1, -1]
     assert shaped(refusal_cost=4, missing_eos_penalty=0.5) == [5, -4.5, 1, -1.5]
 
@@ -400,11 +452,25 @@ def test_harmless_prompts_are_anchored_at_the_default_exit(tmp_path):
         assert all(r.exit != 3 for r in requests if r.sample.kind == "harmful")
 
 
+@settings(deadline=None)
+@given(st.integers(1, 40), st.tuples(*[st.integers(0, 4)] * 3).filter(any))
+def test_a_batch_is_full_and_asks_no_kind_without_a_share(n, parts):
+    mix = [part / sum(parts) for part in parts]
+    counts = batches._counts(n, mix)
+    assert sum(counts) == n
+    assert min(counts) >= 0
+    assert not any(count for count, share in zip(counts, mix, strict=True) if not share)
+
+
 def test_held_out_exits_are_not_trained():
     from exitwise.align_config import AlignConfig
 
-    found = batches.choose_exits(AlignConfig("m", exits="all", hold_out="1,3"), 4, 3)
+    found = batches.choose_exits(AlignConfig("m", exits="all", hold_out="1,3", anchor=(0.0, 0.0)), 4, 3)
     assert found == ((0, 2, 4), (1, 3), 3)
+    with pytest.raises(UserError, match="holds out the default exit 3, at which --anchor trains"):
+        batches.choose_exits(AlignConfig("m", exits="all", hold_out="1,3"), 4, 3)
+    paper = AlignConfig("m", exits="all", hold_out="1,3", mix=(1.0, 0.0, 0.0))  # nothing to anchor
+    assert batches.choose_exits(paper, 4, 3).held_out == (1, 3)
     with pytest.raises(UserError, match="leaves no exit"):
         batches.choose_exits(AlignConfig("m", exits="1", hold_out="0-2"), 4, 3)
     with pytest.raises(UserError, match="exits 0 to 4"):
@@ -511,6 +577,9 @@ def command(model, material, out, *more):
     [
         (["--mix", "0.5", "0.5", "0.5"], "three shares that add up to 1"),
         (["--mix", "1.5", "-0.5", "0"], "three shares that add up to 1"),
+        (["--mix", "0", "1", "0", "--probe", "2"], "no share of harmful prompts"),
+        (["--mix", "0", "1", "0", "--best-of", "2"], "no share of harmful prompts"),
+        (["--mix", "0", "1", "0", "--exits", "0,1", "--schedule", "worst"], "no share of harmful prompts"),
         (["--batch-size", "9"], "cannot be cut into 2 mini-batches of 1 pieces; give a multiple of 2"),
         (["--batch-size", "8", "--num-mini-batches", "4", "--gradient-accumulation-steps", "4"], "a multiple of 16"),
         (["--method", "grpo", "--batch-size", "6"], "no multiple of --group-size 4"),
@@ -521,6 +590,7 @@ def command(model, material, out, *more):
         (["--lr", "nan"], "--lr got nan"),
         (["--prompts", "EMPTY"], "no usable row"),
         (["--images", "NONE"], "no readable image"),
+        (["--tracker", "nonsense"], "--tracker got 'nonsense'; expected all, or one of: "),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(tmp_path, material, capsys, more, said):
@@ -531,9 +601,54 @@ def test_bad_input_is_one_line_before_anything_is_loaded(tmp_path, material, cap
     assert said in one_line(capsys)
 
 
+def test_a_data_set_of_which_nothing_is_left_is_one_line(tmp_path, material, capsys):
+    (tmp_path / "rows.csv").write_text("prompt,file\na,bad.png\n")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    more = ["--prompts", str(tmp_path / "rows.csv"), "--map", "image=file"]
+    assert code_of(command("no-such-model", material, tmp_path / "run", *more)) == 2
+    assert "no harmful sample can be used, and --mix gives them 1 of a batch; first skipped: rows" in one_line(capsys)
+
+
 def test_an_exit_the_model_lacks(tiny_folder, material, tmp_path, capsys):
     assert code_of(command(tiny_folder, material, tmp_path / "run", "--exits", "9")) == 2
     assert "exits 0 to 4" in one_line(capsys)
+
+
+def test_features_that_are_no_folder(tiny_folder, material, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert code_of(command(tiny_folder, material, tmp_path / "run", "--features", str(tmp_path / "file"))) == 2
+    assert "is no folder; give --features one" in one_line(capsys)
+
+
+class StrictTracker:
+    """As particular as TensorBoard's: no lists or objects among the settings."""
+
+    name, requires_logging_directory = "strict", False
+    told: ClassVar[list] = []
+
+    def __init__(self, project):
+        self.told.clear()
+
+    def store_init_configuration(self, values):
+        assert all(value is None or isinstance(value, str | int | float) for value in values.values())
+
+    def log(self, values, step):
+        self.told.append((step, values["objective/kl"]))
+
+    def start(self): ...
+    def finish(self): ...
+
+
+def test_a_tracker_gets_settings_it_can_take_and_every_step(tiny_folder, material, tmp_path, monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "strict", StrictTracker)
+    align(config_of(tiny_folder, material, tracker="strict"), tmp_path / "run")
+    assert StrictTracker.told == [(row["step"], row["objective/kl"]) for row in rows_of(tmp_path / "run")]
+
+
+def test_a_tracker_that_is_not_installed_is_not_passed_over(tmp_path, material, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    assert code_of(command("no-such-model", material, tmp_path / "run", "--tracker", "tensorboard")) == 2
+    assert "--tracker tensorboard is not installed here" in one_line(capsys)
 
 
 def test_a_prompt_longer_than_the_context(tiny_folder, material, tmp_path, capsys):

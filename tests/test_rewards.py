@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import resource
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,6 @@ from exitwise.config import RewardConfig
 from exitwise.data.preferences import Preference, load_preferences
 from exitwise.errors import UserError
 from exitwise.reward_training import (
-    VLM_TARGETS,
     batch_order,
     calibration_error,
     evaluate,
@@ -39,9 +39,11 @@ from exitwise.rewards import (
     reader_of_vlm,
 )
 from exitwise.runs import to_lines
+from exitwise.vlm import FAMILIES
 from tests.conftest import tiny_llava, tiny_processor
 from tests.families import TINY
 
+TARGETS = FAMILIES["llava"].lora_targets
 PROMPTS = ["short", "a rather longer question than that one", "x", "what of\ntwo lines?"]
 ANSWERS = ["yes", "no, and here is why it is not so", "a much longer answer " * 3, ""]
 
@@ -145,14 +147,14 @@ def shipped(tmp_path_factory):
     """A reward folder for the tiny VLM, with random weights large enough to matter."""
     folder, vlm = tmp_path_factory.mktemp("reward"), tiny_llava()
     torch.manual_seed(1)
-    model = get_peft_model(vlm.model, LoraConfig(r=4, target_modules=VLM_TARGETS))
+    model = get_peft_model(vlm.model, LoraConfig(r=4, target_modules=TARGETS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     model.save_pretrained(folder)
     reader = reader_of_vlm(vlm, 128)
     save_file({"weight": torch.randn(32)}, folder / "head.safetensors")
-    recipe = Recipe("testbed", "vlm", reader.chat_template, reader.parts, 128, 0.5, 2.0)
+    recipe = Recipe(vlm.name, "vlm", reader.chat_template, reader.parts, 128, 0.5, 2.0)
     (folder / "reward.json").write_text(json.dumps(recipe.to_json()))
     return folder
 
@@ -161,7 +163,7 @@ def shipped(tmp_path_factory):
 def policy():
     vlm = tiny_llava()
     torch.manual_seed(2)
-    model = get_peft_model(vlm.model, LoraConfig(r=4, lora_dropout=0.5, target_modules=VLM_TARGETS))
+    model = get_peft_model(vlm.model, LoraConfig(r=4, lora_dropout=0.5, target_modules=TARGETS))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -535,6 +537,37 @@ def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path, tiny_folder, pai
     assert [name for name in whole if whole[name] != parts[name]] == []
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, tiny_folder, pairs):
+    config, (soft, hard) = small(tiny_folder, pairs), resource.getrlimit(resource.RLIMIT_FSIZE)
+    train_reward(config, tmp_path / "whole")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint\.safetensors .*; make room"):
+            train_reward(config, tmp_path / "parts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    train_reward(config, tmp_path / "parts")
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["idefics3", "mllama"])  # text_model; layers that only an image reaches
+def test_a_backbone_of_another_family(tmp_path, pairs, family):
+    vlm = TINY[family]()
+    vlm.model.save_pretrained(tmp_path / "model")
+    vlm.processor.save_pretrained(tmp_path / "model")
+    metrics = train_reward(small(tmp_path / "model", pairs, epochs=6), tmp_path / "run")
+    assert metrics["all"]["accuracy"]["value"] == 1.0
+    assert load_reward(tmp_path / "run").scores(["question one?"] * 2, ["yes 1", "no 1"]).diff() < 0
+
+
+def test_on_another_model_it_reads_its_own(tmp_path, tiny_folder, pairs):
+    """Of the same shapes, so that nothing but the name tells them apart."""
+    train_reward(small(tiny_folder, pairs), tmp_path / "run")
+    wanted = load_reward(tmp_path / "run").scores(PROMPTS, ANSWERS)
+    other = tiny_llava(seed=7)
+    assert torch.allclose(load_reward(tmp_path / "run", vlm=other).scores(PROMPTS, ANSWERS), wanted, atol=1e-5)
+
+
 def test_micro_batches_change_no_gradient(tmp_path, tiny_folder, pairs):
     figures = []
     for tokens in (1, 10_000):
@@ -625,7 +658,10 @@ def test_the_command_line(tmp_path, tiny_folder, pairs, capsys):
 
     run = str(tmp_path / "run")
     entry(["reward", "train", str(tiny_folder), "--pairs", pairs, "--out", run, "--batch-size", "8"])
-    assert f"reward model: {run}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"reward model: {run}" in said.out
+    assert "steps" in said.err
+    assert "answers" not in said.err
     entry(["reward", "eval", run, "--pairs", pairs, "--out", str(tmp_path / "figures.json")])
     assert "| all | 40 |" in capsys.readouterr().out
     assert json.loads((tmp_path / "figures.json").read_text())["all"]["n"] == 40

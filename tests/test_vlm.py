@@ -91,6 +91,21 @@ def test_an_adapter_of_another_base(tiny_folder, tmp_path):
         load_vlm(tiny_folder, adapter=path)
 
 
+def test_an_adapter_of_another_base_of_the_same_shapes_is_told(tiny_folder, tmp_path):
+    path, said = adapter(tiny_folder, tmp_path), []
+    config = json.loads((path / "adapter_config.json").read_text())
+    for base, told in (
+        ("some/other-model", True),
+        (str(tiny_folder), False),
+        (f"{tiny_folder}/.", False),
+        (None, False),
+    ):
+        (path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        said.clear()
+        load_vlm(tiny_folder, adapter=path, say=said.append)
+        assert any("names 'some/other-model' as its base" in line for line in said) == told
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_folder_with_a_part_missing(tiny_folder, tmp_path, missing):
     shutil.copytree(tiny_folder, tmp_path / "m")

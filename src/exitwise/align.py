@@ -102,6 +102,7 @@ def align(config: AlignConfig, out: Path, progress: Progress | None = None) -> P
     from accelerate import Accelerator
 
     config.check()
+    _check_tracker(config.tracker)
     progress = progress or Silent()
     pools = batches.load_pools(config)
     accelerator = Accelerator(cpu=config.device == "cpu", log_with=config.tracker, project_dir=str(out))
@@ -117,7 +118,7 @@ def align(config: AlignConfig, out: Path, progress: Progress | None = None) -> P
         state, history = checkpoints.resume(bench, out, _first_state(bench))
         progress.start(config.steps, "steps")
         progress.advance(state.step)
-        accelerator.init_trackers("exitwise", config=_config_json(config, pools)) if config.tracker else None
+        accelerator.init_trackers("exitwise", config=_for_tracker(config, pools)) if config.tracker else None
         raised: set[str] = {name for row in history for name in row.get("signatures", [])}
         while state.step < config.steps:
             metrics, answers = train_step(bench, state, out)
@@ -602,6 +603,19 @@ def _check_share(config: AlignConfig, processes: int) -> None:
         )
 
 
+def _check_tracker(name: str | None) -> None:
+    """Raises UserError where accelerate does not know the tracker, or would pass over it as not installed."""
+    if name is None:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    if name not in ("all", *LOGGER_TYPE_TO_CLASS):
+        raise UserError(f"--tracker got {name!r}; expected all, or one of: {', '.join(LOGGER_TYPE_TO_CLASS)}")
+    if name != "all" and name in LoggerType.list() and LoggerType(name) not in get_available_trackers():
+        raise UserError(f"--tracker {name} is not installed here; install its package, or leave --tracker out")
+
+
 def load_scores(spec: str, policy: Policy) -> Scores:
     """Who scores harmful requests."""
     if spec == "matcher":
@@ -646,6 +660,12 @@ def _config_json(config: AlignConfig, pools: batches.Pools) -> dict[str, Any]:
         "samples_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "notice": TESTBED_NOTICE.get(config.model, ""),
     }
+
+
+def _for_tracker(config: AlignConfig, pools: batches.Pools) -> dict[str, Any]:
+    """The config as trackers take it: numbers, texts, and lists and objects as JSON (TensorBoard refuses others)."""
+    simple = lambda value: value is None or isinstance(value, str | int | float)
+    return {k: v if simple(v) else json.dumps(v) for k, v in _config_json(config, pools).items()}
 
 
 def save_adapter(bench: Bench, out: Path) -> None:

@@ -158,6 +158,11 @@ class AlignConfig:
             raise UserError(f"--anchor got {self.anchor}; expected two shares from 0 to 1")
         if min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:
             raise UserError(f"--mix got {self.mix}; expected three shares that add up to 1")
+        if not self.mix[0] and self._asks_harmful():
+            raise UserError(
+                f"--mix got {self.mix}, no share of harmful prompts, which --probe, --best-of, --eval-every and "
+                "--schedule worst ask; give --probe 0 --best-of 0 and neither of the others, or a share"
+            )
         pieces = self.num_mini_batches * self.gradient_accumulation_steps
         if self.batch_size % pieces:
             raise UserError(
@@ -173,6 +178,12 @@ class AlignConfig:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}")
         if self.audit is not None and self.schedule != "worst":
             raise UserError("--audit gives the first weights of --schedule worst; give both or neither")
+
+    def _asks_harmful(self) -> bool:
+        """Whether something beside the batches asks harmful prompts."""
+        probed = self.probe and self.method == "l-ppo"
+        drawn = self.best_of and self.method in ("l-ppo", "grpo")
+        return bool(probed or drawn or self.eval_every or self.schedule == "worst")
 
     def as_audit(self) -> AuditConfig:
         """The audit that asks what this alignment trains on."""

@@ -53,6 +53,10 @@ def load_pools(config: AlignConfig) -> Pools:
         [s for s in found.samples if s.kind == kind and share]  # what no batch asks needs no image either
         for kind, share in zip(("harmful", "benign", "vqa"), config.mix, strict=True)
     )
+    for kind, pool, share in zip(("harmful", "benign", "vqa"), (harmful, benign, questions), config.mix, strict=True):
+        if share and not pool:
+            reason = f"; first skipped: {found.skipped[0]}" if found.skipped else ""
+            raise UserError(f"no {kind} sample can be used, and --mix gives them {share:g} of a batch{reason}")
     return Pools(harmful, benign, questions, pictures, found.skipped, found.roots, found.sources)
 
 
@@ -66,6 +70,11 @@ def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
     trained = tuple(e for e in parse_exits(config.exits, n_blocks, default) if e not in held)
     if not trained:
         raise UserError(f"--hold-out {config.hold_out} leaves no exit of --exits {config.exits} to train at")
+    if default in held and any(s and a for s, a in zip(config.mix[1:], config.anchor, strict=True)):
+        raise UserError(
+            f"--hold-out {config.hold_out} holds out the default exit {default}, at which --anchor trains; "
+            "give --anchor 0 0, or leave that exit in"
+        )
     return Exits(trained, held, default)
 
 
@@ -101,10 +110,13 @@ def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: di
 
 
 def _counts(n: int, mix: Sequence[float]) -> tuple[int, int, int]:
-    """How many of each kind; rounding favours harmful prompts, then VQA."""
+    """How many of each kind; rounding favours harmful prompts, then VQA, and never a kind without a share."""
     benign = int(n * mix[1])
     questions = min(n - benign, round(n * mix[2]))
-    return n - benign - questions, benign, questions
+    rest = n - benign - questions
+    if mix[0]:
+        return rest, benign, questions
+    return (0, benign, questions + rest) if mix[2] else (0, benign + rest, questions)
 
 
 def _turn(pool: list[Sample], count: int, step: int, seed: int) -> list[Sample]:

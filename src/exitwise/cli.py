@@ -279,7 +279,7 @@ class RewardTrain:
         from .reward_training import table, train_reward
 
         out = self.out or Path("runs") / f"reward-{Path(self.config.backbone).resolve().name}"
-        with _Bar("steps") as bar:
+        with _Bar() as bar:
             metrics = train_reward(self.config, out, bar)
         print(table(metrics))
         print(f"reward model: {out}")
@@ -376,7 +376,7 @@ Command = (
 class _Bar:
     """A progress bar with what is left; plain lines where the output is no terminal."""
 
-    def __init__(self, what: str = "answers") -> None:
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -390,7 +390,6 @@ class _Bar:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.console = Console(stderr=True)
         self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
-        self.what = what
         self.task: Any = None
         self.done, self.total, self.told, self.what = 0, 0, 0, ""
 

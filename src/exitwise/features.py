@@ -85,7 +85,10 @@ class FeatureFiles:
         Args:
             images: what loads each image, by name.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.folder} is no folder; give --features one, new or of an earlier run") from None
         encoded = 0
         for name, load in images.items():
             image = load()

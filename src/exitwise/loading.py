@@ -81,13 +81,13 @@ def adapter_folder(path: str | Path) -> str | Path:
     return Path(path, "adapter")
 
 
-def trained_on(adapter: str | Path) -> str | None:
-    """The base model that a PEFT folder names; None for a hub id, and where none can be read."""
+def other_base(adapter: str | Path, name: str | Path) -> str:
+    """The base model that an adapter's own config names, where that is not `name`; "" where it is or cannot be told."""
     try:
-        fields = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))
-        return fields["base_model_name_or_path"] or None
+        base = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # what is wrong is said where it is loaded
+        return ""
+    return str(base) if base and Path(base).resolve() != Path(name).resolve() else ""
 
 
 def check_device(device: str) -> None:

@@ -30,6 +30,7 @@ from .audit import Progress, Silent, environment, fingerprint
 from .config import RewardConfig
 from .data.preferences import Preference, load_preferences
 from .errors import UserError
+from .features import writing
 from .quiet import quiet
 from .rewards import (
     HeadReward,
@@ -49,9 +50,6 @@ from .rewards import (
 from .stats import wilson
 from .vlm import FAMILIES, TESTBEDS
 
-VLM_TARGETS = (
-    r".*(language_model|language_model\.model|text_model)\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-)
 LEARNING_RATES = {"lora": 1e-3, "full": 1e-5}
 CALIBRATION_BINS = 10
 ALL = "all"
@@ -161,7 +159,7 @@ def make_trainee(base: Base, config: RewardConfig) -> Trainee:
     if config.tuning == "lora":
         from peft import LoraConfig, get_peft_model
 
-        targets = VLM_TARGETS if base.kind == "vlm" else "all-linear"
+        targets = FAMILIES[model.config.model_type].lora_targets if base.kind == "vlm" else "all-linear"
         lora = LoraConfig(r=config.rank, lora_alpha=2 * config.rank, target_modules=targets)
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -210,11 +208,14 @@ def fit(trainee: Trainee, rows: list[Row], config: RewardConfig, out: Path, prog
     log = out / "metrics.jsonl"
     runs.truncate_to(log, done)
     peak = config.lr or LEARNING_RATES[config.tuning]
-    progress.start(len(order))
+    progress.start(len(order), "steps")
     progress.advance(done)
     for step in range(done, len(order)):
         optimizer.param_groups[0]["lr"] = lr_at(step, len(order), peak, config.warmup)
         margins = gradients(trainee, [rows[i] for i in order[step]], config.micro_tokens)
+        for weight in trainee.weights.values():
+            if weight.grad is None:  # in layers of cross-attention, which a text alone does not reach
+                weight.grad = torch.zeros_like(weight)
         norm = torch.nn.utils.clip_grad_norm_(trainee.weights.values(), config.max_grad_norm)
         loss = float(bradley_terry_loss(margins, torch.zeros_like(margins)))
         if not math.isfinite(loss + float(norm)):
@@ -300,7 +301,8 @@ def save_checkpoint(path: Path, step: int, weights: dict[str, torch.nn.Parameter
             # layers that run only where there is an image (mllama) have no moments
             tensors[f"{key}/{name}"] = state[moment].contiguous() if moment in state else torch.zeros_like(weight.data)
     scratch = path.with_name(path.name + ".tmp")
-    save_file(tensors, scratch, metadata={"step": str(step)})
+    with writing(path):
+        save_file(tensors, scratch, metadata={"step": str(step)})
     with open(scratch, "rb") as handle:
         os.fsync(handle.fileno())
     os.replace(scratch, path)
@@ -332,9 +334,9 @@ def finish(trainee: Trainee, config: RewardConfig, split: Split, out: Path, prog
     margins, logits = margins_of(raw, split.held_out)
     shift, scale = deviation(logits)
     recipe = Recipe(**{**trainee.recipe.to_json(), "shift": shift, "scale": scale})
-    save_file({"weight": head.cpu().contiguous()}, out / "head.safetensors")
-    with quiet(), warnings.catch_warnings():
+    with writing(out), quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT looks for the backbone's config by name
+        save_file({"weight": head.cpu().contiguous()}, out / "head.safetensors")
         if config.tuning == "lora":
             trainee.model.save_pretrained(out)  # its README.md is replaced below
         else:

@@ -453,7 +453,8 @@ def load_reward(
     Args:
         spec: "builtin" (shipped, for the testbed), a folder made by `exitwise reward train`, or a hub id or folder of
             a published sequence classifier.
-        vlm: shares its language model where the reward model was trained on the same one.
+        vlm: shares its language model where the reward model was trained on the same one, by name or folder; a reward
+            model of another one brings that along.
         peft_model: over `vlm.model`, where the policy's adapter is there already.
         template: how a published one wants its texts, where its id is not known.
         device: for a model of its own; auto is the first GPU where there is one.
@@ -476,7 +477,8 @@ def load_reward(
         return PublishedReward(spec, template, device)
     recipe = Recipe.read(folder)
     if recipe.kind == "vlm" and recipe.backbone:
-        vlm = vlm or load_vlm(recipe.backbone, device=device)
+        if vlm is None or Path(vlm.name).resolve() != Path(recipe.backbone).resolve():  # others read other states
+            vlm, peft_model = load_vlm(recipe.backbone, device=device), None
         return SharedReward.attach(peft_model or _bare(vlm.model, folder), folder, vlm.tokenizer, str(spec))
     return _own_backbone(str(spec), folder, recipe, device)
 

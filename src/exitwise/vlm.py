@@ -13,7 +13,7 @@ from torch import nn
 from .errors import UserError
 from .families import FAMILIES, PLAIN_PROMPT, Family, absolute, check_family, family_of, find_blocks, shares_prefix
 from .layout import Layout, Picture, Prompt, hollow, played
-from .loading import QUANTISED, adapter_folder, loading_errors, placement, quantisation, trained_on, with_adapter
+from .loading import QUANTISED, adapter_folder, loading_errors, other_base, placement, quantisation, with_adapter
 from .quiet import quiet
 
 __all__ = ["FAMILIES", "PLAIN_PROMPT", "Vlm", "adapter_folder", "describe", "load_vlm"]
@@ -244,11 +244,11 @@ def load_vlm(
                 f"{name} does not fit the GPUs of this machine together, and exits are not run with parts of a model "
                 "in memory or on disk; give --dtype int8 or int4, or a larger machine"
             )
-    if adapter and (base := trained_on(adapter_folder(adapter))) and Path(base).name != Path(name).name:
-        say(f"note: the adapter {adapter} was trained on {base}, and goes on top of {name}")
     for path in (builtin, adapter and adapter_folder(adapter)):
         if path is not None:
             model = with_adapter(model, path, merge=not small)
+    if adapter and (base := other_base(adapter_folder(adapter), name)):
+        say(f"the adapter names {base!r} as its base, not {name}; on another model its weights mean nothing")
     model = model.eval().requires_grad_(False)
     if "device_map" not in place:
         model = model.to(device)
