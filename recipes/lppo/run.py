@@ -103,6 +103,7 @@ def run(name: str, work: Path) -> str:
     """Runs the commands of one experiment; returns what to tell of it."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if (work / f"{name}-audit" / "report.html").exists():
+        keep_logs(name, work)
         return f"{name}: done before"
     with open(work / f"{name}.log", "a") as log:
         for command in commands(name, work):
@@ -112,12 +113,16 @@ def run(name: str, work: Path) -> str:
             )
             if done.returncode:
                 return f"{name}: `exitwise {' '.join(command)}` ended with {done.returncode}, see {log.name}"
+    keep_logs(name, work)
+    return f"{name}: done"
+
+
+def keep_logs(name: str, work: Path) -> None:
     logs = HERE / "logs"
     logs.mkdir(exist_ok=True)
     for file in ("metrics.jsonl", "regret.json"):
         if (work / name / file).exists():
             shutil.copy(work / name / file, logs / f"{name}.{file}")
-    return f"{name}: done"
 
 
 def main(config: Config) -> None:
