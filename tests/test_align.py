@@ -76,28 +76,19 @@ def assert_same_bytes(out, other):
 
 # ------------------------------------------------------------------------------------------------ families
 
-ROUTED = ("llava_next", "llava_onevision", "idefics3", "smolvlm", "internvl", "mistral3", "pixtral")
+OTHERS = [name for name in TINY if name != "llava"]
 
 
-@pytest.mark.parametrize("family", ROUTED)
+@pytest.mark.parametrize("family", OTHERS)
 def test_a_step_on_another_family(family, material, tmp_path, vowels, monkeypatch):
-    """Two exits, one of them fused; what is saved has learnt and is of the language model alone."""
+    """Two exits, one of them fused where it may be; what is saved has learnt and is of the language model alone."""
     monkeypatch.setattr("exitwise.vlm.load_vlm", lambda *_, **__: TINY[family]())
-    folder = align(config_of(family, material, steps=1, exits="1,1+3", features=None), tmp_path / "run")
+    exits = "1,1+3" if FAMILIES[family].averages else "1,3"
+    folder = align(config_of(family, material, steps=1, exits=exits, features=None), tmp_path / "run")
     learnt = load_file(folder / "adapter_model.safetensors")
     path = FAMILIES[family].language_model
     assert all(f".{path}." in name for name in learnt)
     assert all(tensor.any() for name, tensor in learnt.items() if "lora_B" in name)
-
-
-@pytest.mark.parametrize("family", ["llama4", "mllama", "aya_vision"])
-def test_a_family_without_a_route_is_told_so_before_anything_is_encoded(
-    family, material, tmp_path, vowels, monkeypatch
-):
-    monkeypatch.setattr("exitwise.vlm.load_vlm", lambda *_, **__: TINY[family]())
-    with pytest.raises(UserError, match=f"align has no route for '{family}'"):
-        align(config_of(family, material, features=None), tmp_path / "run")
-    assert not (tmp_path / "run/features").exists()
 
 
 # ------------------------------------------------------------------------------------------------ it learns

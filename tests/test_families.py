@@ -32,6 +32,7 @@ from exitwise.engines.hf import (
 from exitwise.exit_names import fused
 from exitwise.exits import replay
 from exitwise.families import FAMILIES, find_blocks, truncated_config
+from exitwise.policy import Policy, drop_encoder
 from tests.families import BLOCKS, TINY
 
 DECODING = Decoding(8)
@@ -248,6 +249,37 @@ def test_lora_stays_off_the_tower(vlm):
     assert len(names) >= 4 * text.num_hidden_layers
     assert all(f".{fresh.family.language_model}." in name for name in names)
     assert not any(f".{fresh.family.tower}." in name for name in names)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if not tiny(name).shares_prefix])
+def test_the_policy_s_log_probabilities_are_those_of_generate(name, images):
+    """Of greedy answers at two exits, with an image and without, in one batch; tower and projector gone."""
+    vlm = TINY[name]()
+    features = {(image, exit): exit_features(vlm, images[image], [exit])[exit] for image in images for exit in (1, 3)}
+    layouts = {image: layout(vlm, images[image]) for image in images}
+    requests = [Request(Sample(key, text, "benign", image), exit) for key, text, image in QUESTIONS for exit in (1, 3)]
+    rows = make_rows(vlm, requests, layouts.__getitem__)
+    get = lambda image, exit: features[image, exit]
+    policy = Policy(vlm, 2, 4.0, critic=False)
+    drop_encoder(vlm)
+    wanted, said = [], []
+    for row in rows:
+        inputs = whole.batch_inputs(vlm, [row], get)
+        with torch.inference_mode(), whole._states_once(vlm):
+            found = vlm.model.generate(
+                **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        said.append(found.sequences[0, inputs["input_ids"].shape[1] :])
+        logits = torch.stack(found.logits)[:, 0].float()
+        wanted.append(torch.log_softmax(logits, dim=-1).gather(1, said[-1][:, None])[:, 0])
+    longest = max(map(len, said))
+    responses = torch.stack([torch.nn.functional.pad(ids, (0, longest - len(ids))) for ids in said])
+    mask = torch.stack([torch.arange(longest) < len(ids) for ids in said]).float()
+    outputs = policy(rows, responses, mask, get)
+    for i, each in enumerate(wanted):
+        torch.testing.assert_close(outputs.logprobs[i, : len(each)], each, rtol=0, atol=1e-4)
+    outputs.logprobs.sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in policy.trainable().items() if "lora_B" in n)
 
 
 def test_embeddings_instead_of_encoder_outputs_would_be_seen(images):

@@ -10,7 +10,6 @@ import torch
 from exitwise import AuditConfig, UserError, audit, load_vlm
 from exitwise.families import FAMILIES
 from exitwise.loading import loading_errors, quantisation
-from exitwise.policy import Policy
 from exitwise.tables import make_tables
 from tests.families import TINY
 
@@ -137,11 +136,6 @@ def test_a_gated_model_says_what_to_do():
     wanted = r"accept its licence at https://huggingface\.co/meta/x, then set HF_TOKEN"
     with pytest.raises(UserError, match=wanted), loading_errors("meta/x"):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
-
-
-def test_align_says_where_it_has_no_route():
-    with pytest.raises(UserError, match="align has no route for 'mllama'"):
-        Policy(TINY["mllama"](), 2, 4, critic=False)
 
 
 def test_layers_that_are_not_there():

@@ -38,7 +38,7 @@ from .errors import UserError
 from .exit_names import name_of
 from .features import FeatureFiles, writing
 from .judges.refusal import judge_completion
-from .policy import Policy, check_context, check_route, drop_encoder
+from .policy import Policy, check_context, drop_encoder
 from .rollout import (
     Answers,
     MatcherReward,
@@ -561,7 +561,6 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
             trust_remote_code=config.trust_remote_code,
             say=progress.say,
         )
-    check_route(vlm)  # before an hour of encoding
     exits = batches.choose_exits(config, vlm.n_blocks, vlm.default_exit)
     identity = fingerprint(vlm)
     if plan and plan["model_sha256"] != identity:

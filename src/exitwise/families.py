@@ -223,6 +223,8 @@ class Family(NamedTuple):
     block_returns_tuple: bool = False
     image_in_every_row: bool = False
     """Features come one a row, as cross-attention states, not one an image."""
+    projects_late: bool = False
+    """Features are those before the projector: the model projects them where it puts them in."""
     counted: bool = False
     """An image is one token, repeated: prompts can be written from P alone."""
     plain: tuple[str, str] = (PLAIN_PROMPT.replace("{image}", "{image}\n"), PLAIN_PROMPT.replace("{image}", ""))
@@ -296,6 +298,7 @@ FAMILIES = {
         route="whole",
         features=llama4_features,
         placed=last_state,
+        projects_late=True,
         lora_targets=_lora("language_model.model", "self_attn|feed_forward|feed_forward.shared_expert"),
         block_returns_tuple=True,
     ),

@@ -6,7 +6,8 @@ is in memory, whatever is computed.
 
 A row is [head | tail | response], `head` ending with the last image token (engines/hf.py). Rows of one image at one
 exit have one head, so its keys and values are computed once, with gradient, and read by all of them: the same numbers
-as row by row (a test holds them to that) at a fraction of the tokens, 576 of about 700 for LLaVA-1.5.
+as row by row (a test holds them to that) at a fraction of the tokens, 576 of about 700 for LLaVA-1.5. Families whose
+prompts cannot be taken apart have empty heads; the model's own forward computes their rows whole.
 
 Shapes: B rows, T response tokens, N distinct heads, S tail and response tokens, D hidden, V vocabulary, P image tokens.
 """
@@ -21,6 +22,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 
 from .engines.hf import Features, Row
+from .engines.whole import answered, batch_inputs
 from .errors import UserError
 from .vlm import Vlm
 
@@ -52,7 +54,6 @@ class Policy(nn.Module):
         super().__init__()
         from peft import LoraConfig, get_peft_model
 
-        check_route(vlm)
         targets = vlm.family.lora_targets
         config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=targets, task_type="CAUSAL_LM")  # type: ignore[arg-type]
         with warnings.catch_warnings():
@@ -92,11 +93,14 @@ class Policy(nn.Module):
             features: image features of a row's image at its exit.
             reference: with the adapter off.
         """
-        with self.peft_model.disable_adapter() if reference else nullcontext():
-            hidden = self._hidden(rows, responses, mask, features)  # (B, T, D): states that predict each token
         valid = mask.bool()
-        picked = hidden[valid]  # (M, D): logits only where there is something to score
-        logits = self.vlm.model.lm_head(picked).float()
+        with self.peft_model.disable_adapter() if reference else nullcontext():
+            if self.vlm.shares_prefix:
+                hidden = self._hidden(rows, responses, mask, features)  # (B, T, D): states that predict each token
+                picked = hidden[valid]  # (M, D): logits only where there is something to score
+                logits = self.vlm.model.lm_head(picked).float()
+            else:
+                picked, logits = self._whole(rows, responses, valid, features)
         normal = torch.log_softmax(logits, dim=-1)
         chosen = normal.gather(1, responses[valid][:, None])[:, 0]
         with nullcontext() if entropy_gradient else torch.no_grad():
@@ -144,6 +148,31 @@ class Policy(nn.Module):
         starts = torch.tensor([len(stem) - 1 for stem in stems], device=device)
         index = starts[:, None] + torch.arange(responses.shape[1], device=device)
         return states.gather(1, index.clamp(max=longest - 1)[..., None].expand(-1, -1, states.shape[-1]))
+
+    def _whole(
+        self, rows: Sequence[Row], responses: torch.Tensor, valid: torch.Tensor, features: Features
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(M, D) states and (M, V) logits that predict the response tokens, every row computed whole by the model's own
+        forward, left-padded: for families whose positions, masks or layers depend on the image."""
+        lengths = valid.sum(dim=1).tolist()
+        pad = self.vlm.tokenizer.pad_token_id or 0
+        said = responses.masked_fill(responses == self.vlm.image_token_id, pad)  # sampled: no place of one
+        whole = [
+            answered(self.vlm, row, said[i, :n].tolist()) for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
+        ]
+        seen: list[torch.Tensor] = []
+        head = self.vlm.model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        try:
+            kept = responses.shape[1] + 1
+            inputs = batch_inputs(self.vlm, whole, features)
+            logits = self.vlm.model(**inputs, use_cache=False, logits_to_keep=kept).logits  # (B, T + 1, V)
+        finally:
+            hook.remove()
+        states = seen[-1][:, -kept:]
+        row, token = valid.nonzero(as_tuple=True)
+        place = kept - 1 - valid.sum(dim=1)[row] + token  # the last of the T + 1 predicts what nobody said
+        return states[row, place], logits[row, place].float()
 
     def _heads(self, rows: Sequence[Row], features: Features) -> tuple[DynamicCache, torch.Tensor]:
         """Keys and values of every row's head, left-padded, each distinct head computed once; its mask."""
@@ -208,22 +237,23 @@ def _pictures(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str, An
     return vlm.family.placed(vlm.model, found) if found else {}
 
 
-def check_route(vlm: Vlm) -> None:
-    """Raises UserError for a model whose prompts share no prefix."""
-    if not vlm.shares_prefix:
-        raise UserError(
-            f"align has no route for {vlm.model.config.model_type!r} models yet; it takes families whose prompts "
-            "share a prefix (docs/families.md), an audit takes all"
-        )
+class _Gone(nn.Module):
+    """Stands where the encoder was, with the numbers that the model's forward asks it for."""
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self.num_patches = getattr(tower, "num_patches", None)  # mllama
 
 
 def drop_encoder(vlm: Vlm) -> None:
     """Takes encoder and projector out of memory; afterwards only `mm_encoder_outputs` gives the model images."""
     from operator import attrgetter
 
-    for path in filter(None, (vlm.family.tower, vlm.family.projector)):
+    paths = [vlm.family.tower] if vlm.family.projects_late else [vlm.family.tower, vlm.family.projector]
+    for path in filter(None, paths):
         parent, _, name = path.rpartition(".")
-        setattr(attrgetter(parent)(vlm.model), name, nn.Identity())
+        holder = attrgetter(parent)(vlm.model) if parent else vlm.model
+        setattr(holder, name, _Gone(getattr(holder, name)))
 
 
 def check_context(vlm: Vlm, rows: Sequence[Row], max_new_tokens: int) -> None:

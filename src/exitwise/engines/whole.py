@@ -66,6 +66,24 @@ def batch_inputs(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str,
     return inputs
 
 
+def answered(vlm: Vlm, row: Row, answer: Sequence[int]) -> Row:
+    """The row with an answer behind its prompt, for a forward over both.
+
+    What the family takes beside ids goes on as in `generate`: an answer is text, read from left to right, and sees of
+    the image what the prompt's last token saw.
+    """
+    extras = dict(row.extras)
+    for name in vlm.family.token_inputs:
+        if (value := extras.get(name)) is None:
+            continue
+        if name == "cross_attention_mask":
+            more = value[:, -1:].expand(-1, len(answer), *value.shape[2:])
+        else:
+            more = value.new_full((1, len(answer)), int(name in vlm.family.forward_inputs))
+        extras[name] = torch.cat([value, more], dim=1)
+    return row._replace(tail=row.tail + tuple(answer), extras=extras)
+
+
 def _per_token(name: str, rows: Sequence[Row], longest: int, device: torch.device) -> torch.Tensor | None:
     """(B, T, ...) values of the rows, zeros where they are padded; None where no row has more than zeros to say."""
     given = [row.extras.get(name) for row in rows]
