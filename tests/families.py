@@ -348,13 +348,15 @@ def qwen2_vl() -> Vlm:
     return built("qwen2_vl", hf.Qwen2VLForConditionalGeneration(config), processor)
 
 
+QWEN_VISION = {
+    "depth": BLOCKS, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+    "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2,
+}  # fmt: skip
+
+
 def qwen2_5_vl() -> Vlm:
     words, processor, ids = qwen_parts(hf.Qwen2_5_VLProcessor)
-    vision = {
-        "depth": BLOCKS, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-        "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 28,
-        "fullatt_block_indexes": [1, 3],
-    }  # fmt: skip
+    vision = QWEN_VISION | {"window_size": 28, "fullatt_block_indexes": [1, 3]}
     language = text(dict, len(words), rope_parameters=ROPE)
     config = hf.Qwen2_5_VLConfig(vision_config=vision, text_config=language, **ids)
     return built("qwen2_5_vl", hf.Qwen2_5_VLForConditionalGeneration(config), processor)
@@ -362,11 +364,7 @@ def qwen2_5_vl() -> Vlm:
 
 def qwen3_vl() -> Vlm:
     words, processor, ids = qwen_parts(hf.Qwen3VLProcessor)
-    vision = {
-        "depth": BLOCKS, "hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
-        "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0, 2],
-    }  # fmt: skip
+    vision = QWEN_VISION | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 2]}
     language = text(dict, len(words), rope_parameters=ROPE | {"mrope_interleaved": True}, head_dim=8)
     config = hf.Qwen3VLConfig(vision_config=vision, text_config=language, **ids)
     return built("qwen3_vl", hf.Qwen3VLForConditionalGeneration(config), processor)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitwise import Sample, UserError, encode, exit_at, exit_features
-from exitwise.costs import PROMPT, _inputs, exit_costs
+from exitwise.costs import PROMPT, exit_costs, request_inputs
 from exitwise.engines import whole
 from exitwise.engines.hf import (
     Decoding,
@@ -120,7 +120,7 @@ def truncated(vlm, exit):
 @torch.inference_mode()
 def test_costs_are_those_of_the_truncated_model(vlm, images):
     """Parameters and FLOPs of a request at every exit, counted on the model that really has so many blocks."""
-    inputs = _inputs(vlm, PROMPT, images["tall"])
+    inputs = request_inputs(vlm, PROMPT, images["tall"])
     for row in exit_costs(vlm, range(1, BLOCKS + 1), image=images["tall"], repetitions=0)["exits"]:
         model = truncated(vlm, row["exit"])
         assert row["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())

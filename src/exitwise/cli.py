@@ -47,7 +47,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Demo:
-    """Audit the built-in VLM with built-in prompts and photographs; about five minutes on two cores."""
+    """Audit the built-in VLM with built-in prompts and photographs; five to fifteen minutes on two cores."""
 
     out: Path = Path("runs/demo")
     """The run directory."""

@@ -89,7 +89,7 @@ def exit_costs(
     """
     wanted = exits if isinstance(exits, str) else ",".join(map(name_of, exits))
     numbers = parse_exits(f"{wanted},default", vlm.n_blocks, vlm.default_exit)
-    inputs = _inputs(vlm, prompt, image or Image.new("RGB", (224, 224), (127, 127, 127)))
+    inputs = request_inputs(vlm, prompt, image or Image.new("RGB", (224, 224), (127, 127, 127)))
     flops, parameters, sizes = _count(vlm, inputs)
     times = _time(vlm, inputs, repetitions)
     on_cpu = vlm.device.type == "cpu"
@@ -119,7 +119,7 @@ def exit_costs(
     }
 
 
-def _inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
+def request_inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
     """The request as the model's own processor makes it, on the model's device and in its dtype."""
     text, bos = vlm.chat(prompt), vlm.tokenizer.bos_token
     special = not (bos and text.startswith(bos))

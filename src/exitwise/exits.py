@@ -2,7 +2,8 @@
 
 Exit l is the state after l of the encoder's L blocks (0: patch and position embeddings). "Cut after block l" means
 that blocks l .. L-1 become the identity; whatever follows the encoder (selection of patches, projector) is the model's
-own code. `replay` uses that: it runs the stock `get_image_features` with every block replaced by a look-up.
+own code. `replay` uses that: it runs the stock `get_image_features` with every block replaced by a look-up, and
+leaves out what leads to the first.
 
 What that means where a model uses several states is written in docs/exits.md.
 
