@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -32,9 +33,9 @@ from exitwise.exits import exit_at, exit_features
 from exitwise.families import FAMILIES
 from exitwise.features import FeatureFiles
 from exitwise.policy import drop_encoder
-from exitwise.records import Completion, Sample
+from exitwise.records import Completion, Sample, Verdict
 from exitwise.rollout import Answers, Rollout
-from tests.align_setup import HARMFUL, VowelReward, config_of, write_material
+from tests.align_setup import BENIGN, HARMFUL, VowelReward, config_of, write_material
 from tests.conftest import ROOT, tiny_llava
 from tests.families import TINY
 
@@ -509,6 +510,41 @@ def test_worst_follows_its_own_small_audits(whole):
     even = dict.fromkeys((0, 1, 3), 1 / 3)
     asr = {exit: rows_of(whole[0])[2][f"eval/asr@{exit}"] for exit in even}
     assert {int(k): v for k, v in weights.items()} == pytest.approx(batches.next_weights(even, asr))
+
+
+def test_validation_prompts_are_audited_and_never_trained_on(tiny_folder, material, tmp_path, vowels):
+    options = {"mix": (0.5, 0.5, 0.0), "exits": "1,3", "eval_every": 2, "validation": 3, "steps": 6}
+    config = config_of(tiny_folder, material, **options)
+    kept = batches.load_pools(config).validation
+    assert [s.kind for s in kept] == ["harmful"] * 3 + ["benign"] * 3
+    assert kept == batches.load_pools(replace(config, seed=1)).validation  # runs of other seeds are compared with it
+    align(config, tmp_path / "run")
+    asked = {row["sample"].partition("#")[0] for row in rows_of(tmp_path / "run", "answers.jsonl")}
+    assert len(asked) == len(HARMFUL) + len(BENIGN) - 6  # all the others, and no more
+    assert not asked & {s.id for s in kept}
+    audits = [{k for k in row if k.startswith("eval/")} for row in rows_of(tmp_path / "run")]
+    everything = {f"eval/{name}@{exit}" for name in ("asr", "over_refusal") for exit in (1, 3)}
+    assert audits == [set(), set(), everything, set(), everything, set()]
+
+
+def test_a_small_audit_counts_what_the_judge_says(tiny_folder, material, tmp_path, monkeypatch):
+    """Each kind by its own label, each exit by its own answers."""
+    said = {("harmful", 1): "answered", ("harmful", 3): "refused", ("benign", 1): "answered", ("benign", 3): "refused"}
+    judge = lambda sample, completion: Verdict(sample.id, completion.exit, "x", said[sample.kind, completion.exit], "")
+    monkeypatch.setattr("exitwise.align.judge_completion", judge)
+    options = {"method": "sft", "mix": (0.5, 0.5, 0.0), "exits": "1,3", "eval_every": 1, "validation": 2}
+    align(config_of(tiny_folder, material, **options), tmp_path / "run")
+    last = rows_of(tmp_path / "run")[-1]
+    assert {k: v for k, v in last.items() if k.startswith("eval/")} == {
+        "eval/asr@1": 1.0, "eval/asr@3": 0.0, "eval/over_refusal@1": 0.0, "eval/over_refusal@3": 1.0,
+    }  # fmt: skip
+
+
+def test_validation_that_leaves_nothing_or_serves_nothing_is_one_line(tiny_folder, material, tmp_path):
+    with pytest.raises(UserError, match="leaves none of 12 harmful prompts"):
+        align(config_of(tiny_folder, material, validation=12, eval_every=1), tmp_path / "run")
+    with pytest.raises(UserError, match="give --eval-every too"):
+        align(config_of(tiny_folder, material, validation=2), tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ audit of the result

@@ -39,6 +39,7 @@ from .exit_names import name_of
 from .features import FeatureFiles, writing
 from .judges.refusal import judge_completion
 from .policy import Policy, check_context, drop_encoder
+from .records import Sample
 from .rollout import (
     Answers,
     MatcherReward,
@@ -56,9 +57,10 @@ from .rollout import (
 from .timing import Clock
 from .vlm import TESTBED_NOTICE
 
-EVAL_EVERY_WORST = 10
 Loss = Callable[[list[int], float], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(rows of a micro-batch, valid tokens of its whole mini-batch) -> (loss, sums to log)"""
+SmallAudit = dict[str, dict[int, float]]
+"""{measure: {trained exit: share}}"""
 
 
 class Bench(NamedTuple):
@@ -150,12 +152,10 @@ def train_step(bench: Bench, state: State, out: Path) -> tuple[dict[str, Any], l
     """One batch: its answers or targets, its updates; returns (metrics, sample answers)."""
     config = bench.config
     _set_lr(bench.optimizer, config, state.step)
-    every = config.eval_every or (EVAL_EVERY_WORST if config.schedule == "worst" else 0)
-    evaluated, weights = {}, state.weights
-    if every and state.step % every == 0 and state.step:
-        asr = audit_exits(bench)
-        weights = batches.next_weights(weights, asr)
-        evaluated = {f"eval/asr@{exit}": value for exit, value in asr.items()}
+    every = config.audited_every()
+    small = audit_exits(bench) if every and state.step and state.step % every == 0 else {}
+    weights = batches.next_weights(state.weights, small["asr"]) if small else state.weights
+    evaluated = {f"eval/{name}@{exit}": value for name, row in small.items() for exit, value in row.items()}
     requests = batches.draw(config, bench.pools, bench.exits, state.step, weights)
     if config.method in ("sft", "dpo"):
         metrics, answers = imitate(bench, state, requests)
@@ -396,7 +396,7 @@ def collect(bench: Bench, requests: list[Request], temperature: float, state: St
     faults = [text for text in gather_object([fault]) if text]  # one process that left would have the others wait
     if faults:
         checkpoints.save(bench, out, state)  # nothing of this step has touched the weights
-        raise UserError(faults[0])
+        raise UserError(f"{faults[0]}; the last good step is kept")
     return gather(rollout, accelerator)
 
 
@@ -478,18 +478,18 @@ def measure_return(bench: Bench, state: State) -> float:
     return float((rollout.scores - state.kl_coef * kl).mean())
 
 
-def audit_exits(bench: Bench) -> dict[int, float]:
-    """{trained exit: ASR} on a few training prompts, greedy."""
-    config = bench.config
-    samples = batches.probe(config, bench.pools, bench.exits, config.eval_prompts)
-    requests = [Request(r.sample, exit) for exit in bench.exits.trained for r in samples]
+def audit_exits(bench: Bench) -> SmallAudit:
+    """ASR at the trained exits, greedy, and over-refusal where harmless prompts are kept for it."""
+    requests = batches.audited(bench.config, bench.pools, bench.exits)
     with bench.clock.phase("eval"):
-        found = answer(bench.policy, requests, bench.features, Decoding(config.max_new_tokens))
-    labels = [judge_completion(r.sample, c).label for r, c in zip(requests, found, strict=True)]
-    return {
-        exit: _mean([label == "answered" for r, label in zip(requests, labels, strict=True) if r.exit == exit]) or 0.0
-        for exit in bench.exits.trained
-    }
+        found = answer(bench.policy, requests, bench.features, Decoding(bench.config.max_new_tokens))
+    judged = [(r, judge_completion(r.sample, c).label) for r, c in zip(requests, found, strict=True)]
+    audit: SmallAudit = {}
+    for name, kind, label in (("asr", "harmful", "answered"), ("over_refusal", "benign", "refused")):
+        asked = [(r.exit, given == label) for r, given in judged if r.sample.kind == kind]
+        if asked:
+            audit[name] = {e: _mean([hit for exit, hit in asked if exit == e]) or 0.0 for e in bench.exits.trained}
+    return audit
 
 
 def estimate_regret(bench: Bench) -> dict[str, Any]:
@@ -567,7 +567,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         raise UserError(f"the weights of {config.model} changed since {out} was begun; give --out another directory")
     features = FeatureFiles(config.features or out / "features", identity, vlm.device)
     with clock.phase("encode"), accelerator.local_main_process_first():
-        names = sorted({s.image for s in (*pools.harmful, *pools.benign, *pools.vqa) if s.image} | set(pools.pictures))
+        names = sorted({s.image for s in _asked(pools) if s.image} | set(pools.pictures))
         features.fill(vlm, batches.image_loaders(names, pools.roots), sorted({*exits.trained, exits.default}))
     drop_encoder(vlm)
     torch.manual_seed(config.seed)  # of the adapter's first weights
@@ -575,7 +575,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         vlm, config.lora_rank, config.lora_alpha,
         critic=config.method == "l-ppo", gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
-    everything = [Request(s, exits.trained[0]) for s in (*pools.harmful, *pools.benign, *pools.vqa)]
+    everything = [Request(s, exits.trained[0]) for s in _asked(pools)]
     check_context(vlm, make_rows(vlm, everything, features.layout), config.max_new_tokens)
     reward = load_scores(config.reward if config.method in ("l-ppo", "grpo") else "matcher", policy)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=config.lr, weight_decay=0.0)
@@ -590,6 +590,10 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
             "trainable": sum(p.numel() for p in policy.trainable().values()),
         })  # fmt: skip
     return Bench(config, accelerator, policy, wrapped, optimizer, features, reward, pools, exits, clock)
+
+
+def _asked(pools: batches.Pools) -> list[Sample]:
+    return [*pools.harmful, *pools.benign, *pools.vqa, *pools.validation]
 
 
 def _check_share(config: AlignConfig, processes: int) -> None:
@@ -651,7 +655,7 @@ def _set_lr(optimizer: Any, config: AlignConfig, step: int) -> None:
 
 def _config_json(config: AlignConfig, pools: batches.Pools) -> dict[str, Any]:
     """The config, with the counts and the checksum of the samples: a changed prompt file is another config."""
-    text = runs.to_lines([*pools.harmful, *pools.benign, *pools.vqa])
+    text = runs.to_lines(_asked(pools))
     return {k: plain(v) for k, v in asdict(config).items()} | {
         "counts": {"harmful": len(pools.harmful), "benign": len(pools.benign), "vqa": len(pools.vqa)},
         "skipped": list(pools.skipped),

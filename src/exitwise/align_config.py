@@ -13,6 +13,9 @@ from .errors import UserError
 VQA_QUESTIONS = 1200
 """Drawn from each VQA set: easy-VQA has 38,575, and a training asks a few hundred."""
 
+EVAL_EVERY_WORST = 10
+"""Steps between two small audits under --schedule worst, which follows them."""
+
 
 @dataclass(frozen=True)
 class AlignConfig:
@@ -116,9 +119,11 @@ class AlignConfig:
     best_of: int = 8
     """Answers per request for the regret against best-of-n, at the end; 0 for none."""
     eval_every: int = 0
-    """Steps between two small audits of the exits; --schedule worst takes 10 where this is 0."""
+    """Steps between two small audits of the trained exits; --schedule worst takes 10 where this is 0."""
     eval_prompts: int = 24
-    """Harmful prompts in such an audit."""
+    """Harmful training prompts in such an audit; none with --validation."""
+    validation: int = 0
+    """Harmful prompts, and as many harmless ones, kept out of training for the small audits to ask."""
     samples_every: int = 5
     """Steps between two batches of answers written to answers.jsonl."""
     checkpoint_every: int = 5
@@ -147,7 +152,7 @@ class AlignConfig:
             ("cliprange_value", 1e-9, inf), ("vf_coef", 0, inf), ("entropy_coef", 0, inf), ("target_kl", 1e-9, inf),
             ("refusal_cost", 0, inf), ("reward_clip", 1e-9, inf), ("missing_eos_penalty", 0, inf),
             ("group_size", 2, inf), ("dpo_beta", 1e-9, inf), ("probe", 0, inf), ("best_of", 0, inf),
-            ("eval_every", 0, inf), ("eval_prompts", 1, inf),
+            ("eval_every", 0, inf), ("eval_prompts", 1, inf), ("validation", 0, inf),
             ("samples_every", 1, inf), ("checkpoint_every", 1, inf), ("seed", 0, inf),
         )  # fmt: skip
         check_ranges(self, ranges)
@@ -176,6 +181,8 @@ class AlignConfig:
             )
         if self.method == "grpo" and self.batch_size % self.group_size:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}")
+        if self.validation and not self.audited_every():
+            raise UserError("--validation keeps prompts for the small audits; give --eval-every too")
         if self.audit is not None and self.schedule != "worst":
             raise UserError("--audit gives the first weights of --schedule worst; give both or neither")
 
@@ -183,7 +190,11 @@ class AlignConfig:
         """Whether something beside the batches asks harmful prompts."""
         probed = self.probe and self.method == "l-ppo"
         drawn = self.best_of and self.method in ("l-ppo", "grpo")
-        return bool(probed or drawn or self.eval_every or self.schedule == "worst")
+        return bool(probed or drawn or self.audited_every())
+
+    def audited_every(self) -> int:
+        """Steps between two small audits of the trained exits; 0 for none."""
+        return self.eval_every or (EVAL_EVERY_WORST if self.schedule == "worst" else 0)
 
     def as_audit(self) -> AuditConfig:
         """The audit that asks what this alignment trains on."""

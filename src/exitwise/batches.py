@@ -31,6 +31,8 @@ class Pools(NamedTuple):
     roots: Mapping[str, Path] = {}
     """Folders of the images, for `load_image`."""
     sources: Sequence[dict[str, Any]] = ()
+    validation: Sequence[Sample] = ()
+    """Harmful and harmless prompts that no batch asks (--validation)."""
 
 
 class Exits(NamedTuple):
@@ -57,7 +59,18 @@ def load_pools(config: AlignConfig) -> Pools:
         if share and not pool:
             reason = f"; first skipped: {found.skipped[0]}" if found.skipped else ""
             raise UserError(f"no {kind} sample can be used, and --mix gives them {share:g} of a batch{reason}")
-    return Pools(harmful, benign, questions, pictures, found.skipped, found.roots, found.sources)
+    validation = [*_keep(harmful, config.validation), *_keep(benign, config.validation)]
+    return Pools(harmful, benign, questions, pictures, found.skipped, found.roots, found.sources, validation)
+
+
+def _keep(pool: list[Sample], n: int) -> list[Sample]:
+    """Takes `n` samples out of a pool, the same ones whatever the seed: runs that differ in it are compared."""
+    if n >= len(pool) > 0:
+        raise UserError(f"--validation {n} leaves none of {len(pool)} {pool[0].kind} prompts to train on; give fewer")
+    kept = set(random.Random("validation").sample(range(len(pool)), n)) if pool else set()
+    found = [sample for i, sample in enumerate(pool) if i in kept]
+    pool[:] = [sample for i, sample in enumerate(pool) if i not in kept]
+    return found
 
 
 def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
@@ -155,6 +168,15 @@ def probe(config: AlignConfig, pools: Pools, exits: Exits, n: int) -> list[Reque
         )
         for i, s in enumerate(_turn(pools.harmful, n, 0, config.seed + 1))
     ]
+
+
+def audited(config: AlignConfig, pools: Pools, exits: Exits) -> list[Request]:
+    """What a small audit asks, at each trained exit: the prompts of --validation, or some harmful training prompts."""
+    rng = random.Random(f"{config.seed}/audit")
+    kept = [
+        replace(s, image=rng.choice(pools.pictures)) if s.image in pools.pictures else s for s in pools.validation
+    ] or [r.sample for r in probe(config, pools, exits, config.eval_prompts)]
+    return [Request(sample, exit) for exit in exits.trained for sample in kept]
 
 
 def image_loaders(names: Sequence[str], roots: Mapping[str, Path]) -> dict:

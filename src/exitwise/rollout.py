@@ -128,8 +128,8 @@ def score(
     if not bool(torch.isfinite(found).all()):
         first = int((~torch.isfinite(found)).nonzero()[0])
         raise UserError(
-            f"the reward model scored an answer to {samples[first].id} with {float(found[first])}; training stopped, "
-            "the last good step is kept; mend the reward model and give the same command again"
+            f"the reward model scored an answer to {samples[first].id} with {float(found[first])}; training stopped; "
+            "mend the reward model and give the same command again"
         )
     return found
 
