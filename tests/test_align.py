@@ -52,7 +52,7 @@ def material(tmp_path_factory):
 @pytest.fixture
 def vowels(monkeypatch):
     """Score answers by their vowels: a reward that differs from answer to answer and needs no model."""
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: VowelReward())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
 
 
 def rows_of(out, name="metrics.jsonl"):
@@ -134,7 +134,7 @@ def test_a_reward_for_one_token_makes_it_likelier(peaked, material, tmp_path, mo
     before, tokenizer = first_token(vlm, material), vlm.tokenizer
     letters = {tokenizer.convert_tokens_to_ids(chr(code)): chr(code) for code in range(33, 127)}
     token = max(letters, key=lambda t: float(before[t]))
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: OneToken(letters[token]))
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: OneToken(letters[token]))
     options = {"steps": 8, "batch_size": 32, "max_new_tokens": 3, "lr": 2e-2, "kl_coef": 0.01, "checkpoint_every": 8}
     config = config_of(peaked, material, method=method, **options)
     align(config, tmp_path / "run")
@@ -238,7 +238,7 @@ def whole(tiny_folder, material, tmp_path_factory):
     """(an uninterrupted run with everything on, how often it asked for scores)."""
     out, reward = tmp_path_factory.mktemp("whole") / "run", Watched()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exitwise.align.load_scores", lambda spec, policy: reward)
+        patch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: reward)
         align(config_of(tiny_folder, material, **EVERYTHING), out)
     return out, reward.calls
 
@@ -271,7 +271,9 @@ def test_a_run_holds_what_it_should(whole):
     assert keys <= rows[0].keys()
     assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)  # the first rollout is the reference's
     assert rows[3]["objective/kl"] != pytest.approx(0.0, abs=1e-3)
-    assert [row["theory/return_before"] for row in rows[1:]] == [row["theory/return_after"] for row in rows[:-1]]
+    score, kl = json.loads((out / "checkpoints/step-000002/state.json").read_text())["measured"]
+    assert rows[1]["theory/return_after"] == pytest.approx(score - rows[1]["kl_coef"] * kl)
+    assert rows[2]["theory/return_before"] == pytest.approx(score - rows[2]["kl_coef"] * kl)  # the same answers
     assert "eval/asr@3" in rows[2]
     assert "eval/asr@3" not in rows[1]
     assert rows[1]["kl_coef"] != rows[0]["kl_coef"]
@@ -328,10 +330,10 @@ def test_stopped_within_any_step_it_ends_with_the_same_bytes(whole, tiny_folder,
     )
     for number in sorted(rng.sample(range(1, calls - 1), 2)):
         reward = Watched(raiser(number))
-        monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy, reward=reward: reward)
+        monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy, reward=reward: reward)
         with suppress(StopError):  # a resumed run asks for fewer, so the later of the two may not come
             align(config, tmp_path / "run")
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: VowelReward())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
     align(config, tmp_path / "run")
     assert_same_bytes(tmp_path / "run", out)
 
@@ -364,7 +366,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny_folder, material,
 def test_ctrl_c_says_so_and_the_same_command_goes_on(tiny_folder, material, tmp_path, monkeypatch, capsys):
     words = command(tiny_folder, material, tmp_path / "run")
     reward = Watched(raiser(2, KeyboardInterrupt))
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: reward)
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: reward)
     assert code_of(words) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert code_of(words) == 0
@@ -531,7 +533,7 @@ def test_a_small_audit_counts_what_the_judge_says(tiny_folder, material, tmp_pat
     """Each kind by its own label, each exit by its own answers."""
     said = {("harmful", 1): "answered", ("harmful", 3): "refused", ("benign", 1): "answered", ("benign", 3): "refused"}
     judge = lambda sample, completion: Verdict(sample.id, completion.exit, "x", said[sample.kind, completion.exit], "")
-    monkeypatch.setattr("exitwise.align.judge_completion", judge)
+    monkeypatch.setattr("exitwise.align_watch.judge_completion", judge)
     options = {"method": "sft", "mix": (0.5, 0.5, 0.0), "exits": "1,3", "eval_every": 1, "validation": 2}
     align(config_of(tiny_folder, material, **options), tmp_path / "run")
     last = rows_of(tmp_path / "run")[-1]
@@ -702,14 +704,14 @@ def test_a_reward_that_is_no_number_stops_and_a_mended_one_goes_on(
     number = {"first": 2, "third rollout": 6}[fatal]
     config = config_of(tiny_folder, material, **EVERYTHING)
     reward = NanAt(number)
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: reward)
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: reward)
     with pytest.raises(UserError, match="mend the reward model and give the same command again"):
         align(config, tmp_path / "run")
     done = {"first": 0, "third rollout": 2}[fatal]
     newest = max((tmp_path / "run/checkpoints").iterdir())
     assert newest.name == f"step-{done:06d}"
     assert all(torch.isfinite(t).all() for t in load_file(newest / "trainable.safetensors").values())
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: VowelReward())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
     align(config, tmp_path / "run")
     assert_same_bytes(tmp_path / "run", whole[0])
 
@@ -721,7 +723,7 @@ def test_a_gradient_that_is_no_number_stops_and_leaves_the_checkpoint(tiny_folde
         def scores(self, prompts, answers):
             return super().scores(prompts, answers) * 1e30
 
-    monkeypatch.setattr("exitwise.align.load_scores", lambda spec, policy: Huge())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: Huge())
     with pytest.raises(UserError, match=r"step 1: the gradient is (nan|inf)"):
         align(config_of(tiny_folder, material), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))

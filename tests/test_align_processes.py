@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from exitwise import UserError
-from exitwise.align import _check_share
+from exitwise.align_setup import check_share
 from tests.align_setup import CHEAP, DISTRIBUTED, VowelReward, align_all, config_of, write_material
 from tests.conftest import ROOT
 
@@ -50,7 +50,7 @@ def runs(tiny_folder, tmp_path_factory):
     write_material(material)
     found = {processes: tmp_path_factory.mktemp(f"processes{processes}") for processes in (1, 2)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exitwise.align.load_scores", lambda spec, policy: VowelReward())
+        patch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
         align_all(tiny_folder, material, found[1])
     launch(2, str(tiny_folder), str(material), str(found[2]))
     return found
@@ -114,6 +114,6 @@ def test_an_error_in_one_process_stops_all_of_them(runs):
 
 def test_too_many_processes_for_a_batch_are_refused(tmp_path):
     config = config_of(tmp_path, tmp_path, batch_size=8, num_mini_batches=2, gradient_accumulation_steps=2)
-    _check_share(config, 2)
+    check_share(config, 2)
     with pytest.raises(UserError, match=r"one row for each of 3 processes; give at least 12"):
-        _check_share(config, 3)
+        check_share(config, 3)

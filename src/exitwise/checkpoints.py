@@ -79,7 +79,7 @@ def resume(bench: Any, out: Path, state: Any) -> tuple[Any, list[dict[str, Any]]
             lines = saved.pop("lines")
             saved["weights"] = {int(exit): weight for exit, weight in saved["weights"].items()}
             state = type(state)(**saved)
-        except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"the checkpoint {folder} is broken ({error}); delete it to go on from the one before"
             ) from None
