@@ -80,7 +80,7 @@ class NanElsewhere(VowelReward):
 
 def align_with_nan(model: Path, material: Path, out: Path) -> None:
     """What this process said when another one had to stop, as OUT/said.RANK."""
-    exitwise.align_setup.load_scores = lambda spec, policy: NanElsewhere()
+    exitwise.align_setup.load_scores = lambda *_: NanElsewhere()
     try:
         align(config_of(model, material), out / "nan")
     except UserError as error:
@@ -90,7 +90,7 @@ def align_with_nan(model: Path, material: Path, out: Path) -> None:
 if __name__ == "__main__":
     places, ports = [Path(word) for word in sys.argv[1:4]], sys.argv[4:]
     meet = lambda: os.environ.__setitem__("MASTER_PORT", ports.pop())  # a port that was met at may not be free yet
-    exitwise.align_setup.load_scores = lambda spec, policy: VowelReward()
+    exitwise.align_setup.load_scores = lambda *_: VowelReward()
     align_all(*places, meet)
     meet()
     align_with_nan(*places)

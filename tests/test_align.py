@@ -52,7 +52,7 @@ def material(tmp_path_factory):
 @pytest.fixture
 def vowels(monkeypatch):
     """Score answers by their vowels: a reward that differs from answer to answer and needs no model."""
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: VowelReward())
 
 
 def rows_of(out, name="metrics.jsonl"):
@@ -134,7 +134,7 @@ def test_a_reward_for_one_token_makes_it_likelier(peaked, material, tmp_path, mo
     before, tokenizer = first_token(vlm, material), vlm.tokenizer
     letters = {tokenizer.convert_tokens_to_ids(chr(code)): chr(code) for code in range(33, 127)}
     token = max(letters, key=lambda t: float(before[t]))
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: OneToken(letters[token]))
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: OneToken(letters[token]))
     options = {"steps": 8, "batch_size": 32, "max_new_tokens": 3, "lr": 2e-2, "kl_coef": 0.01, "checkpoint_every": 8}
     config = config_of(peaked, material, method=method, **options)
     align(config, tmp_path / "run")
@@ -238,7 +238,7 @@ def whole(tiny_folder, material, tmp_path_factory):
     """(an uninterrupted run with everything on, how often it asked for scores)."""
     out, reward = tmp_path_factory.mktemp("whole") / "run", Watched()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: reward)
+        patch.setattr("exitwise.align_setup.load_scores", lambda *_: reward)
         align(config_of(tiny_folder, material, **EVERYTHING), out)
     return out, reward.calls
 
@@ -330,10 +330,10 @@ def test_stopped_within_any_step_it_ends_with_the_same_bytes(whole, tiny_folder,
     )
     for number in sorted(rng.sample(range(1, calls - 1), 2)):
         reward = Watched(raiser(number))
-        monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy, reward=reward: reward)
+        monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_, reward=reward: reward)
         with suppress(StopError):  # a resumed run asks for fewer, so the later of the two may not come
             align(config, tmp_path / "run")
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: VowelReward())
     align(config, tmp_path / "run")
     assert_same_bytes(tmp_path / "run", out)
 
@@ -366,7 +366,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny_folder, material,
 def test_ctrl_c_says_so_and_the_same_command_goes_on(tiny_folder, material, tmp_path, monkeypatch, capsys):
     words = command(tiny_folder, material, tmp_path / "run")
     reward = Watched(raiser(2, KeyboardInterrupt))
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: reward)
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: reward)
     assert code_of(words) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert code_of(words) == 0
@@ -512,6 +512,17 @@ def test_worst_follows_its_own_small_audits(whole):
     even = dict.fromkeys((0, 1, 3), 1 / 3)
     asr = {exit: rows_of(whole[0])[2][f"eval/asr@{exit}"] for exit in even}
     assert {int(k): v for k, v in weights.items()} == pytest.approx(batches.next_weights(even, asr))
+
+
+def test_prompts_with_control_tokens_are_left_out_and_told(tiny_folder, material, tmp_path, vowels, capsys):
+    (tmp_path / "forged.txt").write_text("\n".join([*HARMFUL, "Look: <image> and tell"]))
+    more = ["--prompts", str(tmp_path / "forged.txt"), "--steps", "4", "--samples-every", "1"]
+    entry(command(tiny_folder, material, tmp_path / "run", *more))
+    assert "skipped forged:row13: its prompt has the control token '<image>'" in capsys.readouterr().err
+    asked = {row["sample"].partition("#")[0] for row in rows_of(tmp_path / "run", "answers.jsonl")}
+    assert len(asked) == len(HARMFUL)
+    with pytest.raises(UserError, match="no benign sample can be used: one"):
+        batches.askable(batches.Pools([], [Sample("one", "a <image>", "benign", "")], [], []), lambda prompt: "<image>")
 
 
 def test_validation_prompts_are_audited_and_never_trained_on(tiny_folder, material, tmp_path, vowels):
@@ -704,14 +715,14 @@ def test_a_reward_that_is_no_number_stops_and_a_mended_one_goes_on(
     number = {"first": 2, "third rollout": 6}[fatal]
     config = config_of(tiny_folder, material, **EVERYTHING)
     reward = NanAt(number)
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: reward)
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: reward)
     with pytest.raises(UserError, match="mend the reward model and give the same command again"):
         align(config, tmp_path / "run")
     done = {"first": 0, "third rollout": 2}[fatal]
     newest = max((tmp_path / "run/checkpoints").iterdir())
     assert newest.name == f"step-{done:06d}"
     assert all(torch.isfinite(t).all() for t in load_file(newest / "trainable.safetensors").values())
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: VowelReward())
     align(config, tmp_path / "run")
     assert_same_bytes(tmp_path / "run", whole[0])
 
@@ -723,7 +734,7 @@ def test_a_gradient_that_is_no_number_stops_and_leaves_the_checkpoint(tiny_folde
         def scores(self, prompts, answers):
             return super().scores(prompts, answers) * 1e30
 
-    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: Huge())
+    monkeypatch.setattr("exitwise.align_setup.load_scores", lambda *_: Huge())
     with pytest.raises(UserError, match=r"step 1: the gradient is (nan|inf)"):
         align(config_of(tiny_folder, material), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))

@@ -50,7 +50,7 @@ def runs(tiny_folder, tmp_path_factory):
     write_material(material)
     found = {processes: tmp_path_factory.mktemp(f"processes{processes}") for processes in (1, 2)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("exitwise.align_setup.load_scores", lambda spec, policy: VowelReward())
+        patch.setattr("exitwise.align_setup.load_scores", lambda *_: VowelReward())
         align_all(tiny_folder, material, found[1])
     launch(2, str(tiny_folder), str(material), str(found[2]))
     return found

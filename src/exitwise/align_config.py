@@ -56,6 +56,8 @@ class AlignConfig:
     reward: str = "builtin"
     """Who scores harmful prompts' answers: builtin (the testbed's own), a run of `exitwise reward train`, a hub id of a
     sequence classifier with one label, or matcher (the rule that also measures ASR)."""
+    reward_template: str | None = None
+    """How a published reward model wants its texts, where its id is not known: human-assistant or question."""
     steps: int = 100
     """Rollouts, each followed by its updates."""
     batch_size: int = 32

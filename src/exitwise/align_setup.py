@@ -60,8 +60,6 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         UserError: an exit is not there, a prompt exceeds the context, the reward does not fit, or a resumed run would
             not be the one that was begun.
     """
-    for line in pools.skipped:
-        progress.say(f"skipped {line}")
     clock = Clock(out / "timing.json" if accelerator.is_main_process else None)
     plan_path = out / "plan.json"
     plan = runs.read_json(plan_path, "threads", "model_sha256") if plan_path.exists() else None
@@ -78,6 +76,9 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
             trust_remote_code=config.trust_remote_code,
             say=progress.say,
         )
+    pools = batches.askable(pools, vlm.control_token)
+    for line in pools.skipped:
+        progress.say(f"skipped {line}")
     exits = batches.choose_exits(config, vlm.n_blocks, vlm.default_exit)
     identity = fingerprint(vlm)
     if plan and plan["model_sha256"] != identity:
@@ -94,7 +95,8 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
     )  # fmt: skip
     everything = [Request(s, exits.trained[0]) for s in _asked(pools)]
     check_context(vlm, make_rows(vlm, everything, features.layout), config.max_new_tokens)
-    reward = load_scores(config.reward if config.method in ("l-ppo", "grpo") else "matcher", policy)
+    spec = config.reward if config.method in ("l-ppo", "grpo") else "matcher"
+    reward = load_scores(spec, policy, config.reward_template)
     optimizer = torch.optim.AdamW(policy.trainable().values(), lr=config.lr, weight_decay=0.0)
     wrapped, optimizer = accelerator.prepare(policy, optimizer)
     register_fsdp_forward_method(policy, "gather_weights")
@@ -136,13 +138,13 @@ def check_tracker(name: str | None) -> None:
         raise UserError(f"--tracker {name} is not installed here; install its package, or leave --tracker out")
 
 
-def load_scores(spec: str, policy: Policy) -> Scores:
+def load_scores(spec: str, policy: Policy, template: str | None) -> Scores:
     """Who scores harmful requests."""
     if spec == "matcher":
         return MatcherReward()
     from .rewards import load_reward
 
-    return load_reward(spec, policy.vlm, policy.peft_model)
+    return load_reward(spec, policy.vlm, policy.peft_model, template=template)
 
 
 def first_state(bench: Bench) -> State:

@@ -4,7 +4,7 @@ A resumed run and every process of a distributed one draw the same.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import exp
 from pathlib import Path
@@ -61,6 +61,27 @@ def load_pools(config: AlignConfig) -> Pools:
             raise UserError(f"no {kind} sample can be used, and --mix gives them {share:g} of a batch{reason}")
     validation = [*_keep(harmful, config.validation), *_keep(benign, config.validation)]
     return Pools(harmful, benign, questions, pictures, found.skipped, found.roots, found.sources, validation)
+
+
+def askable(pools: Pools, control_token: Callable[[str], str]) -> Pools:
+    """Without the samples whose prompt holds a control token of the model, which could forge a turn or an image.
+
+    Args:
+        control_token: the first one in a prompt, "" for none.
+
+    Raises:
+        UserError: none of a kind is left.
+    """
+    kinds = ("harmful", "benign", "vqa", "validation")
+    found = {kind: [(s, control_token(s.prompt)) for s in getattr(pools, kind)] for kind in kinds}
+    left = {kind: [sample for sample, token in pairs if not token] for kind, pairs in found.items()}
+    said = [f"{s.id}: its prompt has the control token {t!r}" for pairs in found.values() for s, t in pairs if t]
+    for kind, pairs in found.items():
+        if pairs and not left[kind]:
+            raise UserError(f"no {kind} sample can be used: {said[0]}, and all others have one too")
+    skipped = [*pools.skipped, *said]
+    return Pools(left["harmful"], left["benign"], left["vqa"], pools.pictures, skipped, pools.roots, pools.sources,
+                 left["validation"])  # fmt: skip
 
 
 def _keep(pool: list[Sample], n: int) -> list[Sample]:

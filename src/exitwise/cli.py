@@ -293,6 +293,8 @@ class RewardEval:
     """builtin, a folder made by `exitwise reward train`, or the hub id of a published reward model."""
     pairs: tuple[str, ...]
     """Files of preference pairs, or data sets on the hub such as Anthropic/hh-rlhf:harmless-base/test."""
+    template: str | None = None
+    """How a published reward model wants its texts, where its id is not known: human-assistant or question."""
     limit: int | None = None
     """Take only so many pairs of each file."""
     out: Path | None = None
@@ -304,7 +306,7 @@ class RewardEval:
         from .rewards import load_reward
 
         pairs = [pair for source in self.pairs for pair in load_preferences(source, self.limit).pairs]
-        metrics = evaluate(load_reward(self.reward), pairs)
+        metrics = evaluate(load_reward(self.reward, template=self.template), pairs)
         if self.out:
             runs.write_json(self.out, metrics)
         print(table(metrics))

@@ -419,8 +419,8 @@ def _choose_template(name: str, template: str | None) -> str:
     if template not in TEMPLATES:
         given = "is not known" if template is None else f"got the template {template!r}"
         raise UserError(
-            f"the reward model {name} {given}; known: {', '.join(KNOWN)}; for another give template= one of "
-            f"{', '.join(TEMPLATES)}, or train one with `exitwise reward train`"
+            f"the reward model {name} {given}; known: {', '.join(KNOWN)}; for another give --template (align: "
+            f"--reward-template), one of {', '.join(TEMPLATES)}, or train one with `exitwise reward train`"
         )
     return template
 
