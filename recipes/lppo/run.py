@@ -24,17 +24,18 @@ HERE = Path(__file__).parent
 BROKEN, HELD_OUT = "8", "4,8"
 COMMON = (
     "--steps 28 --batch-size 32 --max-new-tokens 16 --num-ppo-epochs 1 --num-mini-batches 4 --lr 5e-4 "
-    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.5 1 --refusal-cost 1"
+    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.5 1 --refusal-cost 1 --kl-coef 0.15"
 )
 PROMPTS = {"--prompts": "harmful.txt", "--benign": "benign.txt"}
 """Written to the work folder: the built-in training prompts and those that the testbed was made with."""
-FAST = "--steps 16 --lr 1e-3 --anchor 0.5 0.5"
+FAST = "--steps 16 --lr 1e-3 --anchor 0.5 0.5 --kl-coef 0.05"
 """What was tried first: twice the learning rate, and questions about images at exits that do not show them."""
-FEW = "--anchor 0.25 1"
+FEW = "--anchor 0.25 1 --kl-coef 0.05"
 """Tried next: fewer harmless prompts at the default exit."""
 THEORY = "--probe 8 --best-of 8"
+"""Measured beside a training, which it does not change."""
 EXPERIMENTS = {
-    **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s}" for s in range(3)},
+    **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s} {'' if s else THEORY}" for s in range(3)},
     **{f"sft-8.{s}": f"--method sft --exits {BROKEN} --seed {s}" for s in range(3)},
     "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
     "clip-ppo-default.0": "--exits default",
@@ -42,8 +43,14 @@ EXPERIMENTS = {
     "grpo-8.0": f"--method grpo --exits {BROKEN}",
     "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT}",
 }
-EARLIER = {
-    "l-ppo-random-few.0": f"--exits 0-10 --hold-out {HELD_OUT}",
+LOOSE = {
+    **{f"l-ppo-8-kl0.05.{s}": f"--exits {BROKEN} --kl-coef 0.05 --seed {s}" for s in range(3)},
+    "l-ppo-8-kl0.1.1": f"--exits {BROKEN} --kl-coef 0.1 --seed 1",
+    "l-ppo-random-kl0.05.0": f"--exits 0-10 --hold-out {HELD_OUT} --kl-coef 0.05",
+}
+"""A smaller weight of the KL."""
+EARLIER = LOOSE | {
+    "l-ppo-random-few.0": f"--exits 0-10 --hold-out {HELD_OUT} --kl-coef 0.05",
     **{f"l-ppo-8-cost3.{s}": f"--exits {BROKEN} {FEW} --refusal-cost 3 --seed {s}" for s in range(2)},
     "l-ppo-8-cost1.0": f"--exits {BROKEN} {FEW}",
     "l-ppo-8-cost1-benign.0": f"--exits {BROKEN} {FEW} --mix 0.4 0.4 0.2",
@@ -52,10 +59,16 @@ EARLIER = {
     "l-ppo-random-fast.0": f"--exits 0-10 --hold-out {HELD_OUT} {FAST} --steps 20 {THEORY}",
     **{f"sft-8-fast.{s}": f"--method sft --exits {BROKEN} {FAST} --seed {s}" for s in range(3)},
 }
-"""On the built-in training prompts alone: 128 harmful and 112 harmless ones instead of 328 and 272."""
+"""Those not in LOOSE on the built-in training prompts alone: 128 harmful, 112 harmless instead of 328 and 272."""
 AUDIT = "--vqa 400 --max-new-tokens 24"
-WIDE = ("before", "l-ppo-random.0", "l-ppo-random-few.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0")
-"""Audited at exit 4 too, which training at exit 8 never saw; 4 and 8 are both held out of random exits."""
+AUDITED = {
+    **dict.fromkeys(("before", "l-ppo-random.0"), "4,6,8,11"),
+    **dict.fromkeys(
+        ("l-ppo-random-kl0.05.0", "l-ppo-random-few.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0"),
+        "4,8,11",
+    ),
+}
+"""Exits audited where they are not 8 and 11; 4 and 8 are both held out of random exits."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +94,13 @@ def words(text: str) -> list[str]:
 
 
 def commands(name: str, work: Path) -> list[list[str]]:
-    exits = "4,8,11" if name in WIDE else "8,11"
-    audit = ["audit", "testbed", "--exits", exits, *words(AUDIT), "--out", str(work / f"{name}-audit")]
+    audit = f"audit testbed --exits {AUDITED.get(name, '8,11')} {AUDIT} --out".split()
+    audit.append(str(work / f"{name}-audit"))
     if name == "before":
         return [audit]
     align = ["align", "testbed", *words(f"{COMMON} {(EXPERIMENTS | EARLIER)[name]}")]
     align += ["--features", str(work / "features")]
-    if name in EXPERIMENTS:
+    if name in EXPERIMENTS | LOOSE:
         align += [word for option, file in PROMPTS.items() for word in (option, str(work / file))]
     return [[*align, "--out", str(work / name)], [*audit, "--adapter", str(work / name)]]
 
