@@ -95,9 +95,8 @@ def align(config: AlignConfig, out: Path, progress: Progress | None = None) -> P
             raised |= {s.name for s in found}
             if main:
                 checkpoints.log(out, history[-1], answers if (state.step - 1) % config.samples_every == 0 else [])
-                accelerator.log(
-                    {k.replace("@", "/"): v for k, v in metrics.items()}, step=state.step
-                )  # mlflow has no @
+                named = {key.replace("@", "/"): value for key, value in metrics.items()}  # mlflow allows no @
+                accelerator.log(named, step=state.step)
             if state.step % config.checkpoint_every == 0 or state.step == config.steps:
                 checkpoints.save(bench, out, state)
             progress.say(_line(state.step, config.steps, metrics))

@@ -16,7 +16,7 @@ Loss = Callable[[list[int], float], tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def ppo_loss(bench: Bench, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor) -> Loss:
-    """L of method.md step 4, for micro-batches."""
+    """Clipped policy loss plus c1 times the value loss (Bachu et al., 2025, section 4), less an entropy bonus."""
     config = bench.config
 
     def loss(rows: list[int], n_tokens: float):

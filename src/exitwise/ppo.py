@@ -70,7 +70,7 @@ def last_token(mask: torch.Tensor) -> torch.Tensor:
 def token_rewards(
     scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
 ) -> TokenRewards:
-    """R = score - kl_coef * KL(pi || pi_ref), spread over tokens: method.md step 2, Ouyang et al. (2022) equation 2.
+    """R = score - kl_coef * KL(pi || pi_ref), spread over tokens: Bachu et al. (2025) section 4, Ouyang et al. (2022) equation 2.
 
     Args:
         scores: (B,) of whole answers.
@@ -106,7 +106,7 @@ def policy_loss(
     cliprange: float,
     cliprange_high: float | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate, Schulman et al. (2017) equation 7, K of method.md step 4.
+    """Clipped surrogate, Schulman et al. (2017) equation 7, in Bachu et al. (2025) at an exit.
 
     Args:
         cliprange_high: upper range where it differs from the lower one (clip-higher, Yu et al., 2025).
@@ -127,7 +127,7 @@ def value_loss(
     n_tokens: float,
     cliprange_value: float,
 ) -> ValueLoss:
-    """(V - R)^2 as in method.md step 3, the larger of plain and clipped (Schulman et al.'s reference code)."""
+    """(V - R)^2 (Bachu et al., 2025, section 4), the larger of plain and clipped (Schulman et al.'s reference code)."""
     near = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # `values` itself within the range
     plain, clipped = (values - returns) ** 2, (near - returns) ** 2
     loss = (torch.maximum(plain, clipped) * mask).sum() / n_tokens
@@ -141,7 +141,7 @@ def kl_k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor
 
 
 def shift(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, mask: torch.Tensor) -> Shift:
-    """What an update did, beside the TRPO bound of method.md step 5 (its penalty is infinite at gamma = 1, so the
+    """What an update did, beside the TRPO bound of Bachu et al. (2025) (its penalty is infinite at gamma = 1, so the
     parts are reported and not the bound)."""
     change = (logprobs - old_logprobs) * mask
     ratio = change.exp()
