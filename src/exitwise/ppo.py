@@ -70,7 +70,8 @@ def last_token(mask: torch.Tensor) -> torch.Tensor:
 def token_rewards(
     scores: torch.Tensor, logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, kl_coef: float
 ) -> TokenRewards:
-    """R = score - kl_coef * KL(pi || pi_ref), spread over tokens: Bachu et al. (2025) section 4, Ouyang et al. (2022) equation 2.
+    """R = score - kl_coef * KL(pi || pi_ref), spread over tokens (Bachu et al., 2025, section 4; Ouyang et al., 2022,
+    equation 2).
 
     Args:
         scores: (B,) of whole answers.
