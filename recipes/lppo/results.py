@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from run import AUDIT, COMMON, EARLIER, EXPERIMENTS
+from run import AUDIT, COMMON, EARLIER, EXPERIMENTS, WEIGHTS
 
 from exitwise.compare import compare_runs
 
 PAGE = Path(__file__).parents[2] / "docs/results.md"
 LABELS = {
     "l-ppo-8": "L-PPO at exit 8",
-    "l-ppo-random": "L-PPO, random exits",
+    "l-ppo-random": "L-PPO, random exits, kl_coef 0.05",
     "sft-8": "SFT at exit 8",
     "dpo-8": "DPO at exit 8",
     "grpo-8": "GRPO at exit 8",
     "clip-ppo-default": "Clip-PPO at the default exit",
     "l-ppo-8-kl0": "L-PPO at exit 8, kl_coef 0",
     "l-ppo-8-kl0.05": "L-PPO at exit 8, kl_coef 0.05",
-    "l-ppo-8-kl0.1": "L-PPO at exit 8, kl_coef 0.1",
-    "l-ppo-random-kl0.05": "L-PPO, random exits, kl_coef 0.05",
+    "l-ppo-8-kl0.15": "L-PPO at exit 8, kl_coef 0.15",
     "l-ppo-random-few": "L-PPO, random exits, fewer prompts",
     "l-ppo-8-cost3": "L-PPO at exit 8, fewer prompts, refusal cost 3",
     "l-ppo-8-cost1": "L-PPO at exit 8, fewer prompts",
@@ -107,7 +106,7 @@ def over_seeds(compared: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def main(config: Config) -> None:
-    names = [*EXPERIMENTS, *EARLIER]
+    names = [*EXPERIMENTS, *WEIGHTS, *EARLIER]
     done = [name for name in names if (config.work / f"{name}-audit/metrics.json").exists()]
     missing = [name for name in names if name not in done]
     compared = {
@@ -125,6 +124,7 @@ def main(config: Config) -> None:
     head = [f"| method | seed | exit | {metrics} |", "|---|---|---|" + "---|" * len(METRICS)]
     blocks = {
         "table": [*head, *(row for name in done if name in EXPERIMENTS for row in tables[name])],
+        "weights": [*head, *(row for name in done if name in WEIGHTS for row in tables[name])],
         "seeds": [head[0].replace("seed", "seeds"), head[1], *over_seeds(compared)],
         "earlier": [*head, *(row for name in done if name in EARLIER for row in tables[name])],
         "verdicts": verdicts,

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 BROKEN, HELD_OUT = "8", "4,8"
 COMMON = (
     "--steps 28 --batch-size 32 --max-new-tokens 16 --num-ppo-epochs 1 --num-mini-batches 4 --lr 5e-4 "
-    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.5 1 --refusal-cost 1 --kl-coef 0.15"
+    "--checkpoint-every 4 --probe 0 --best-of 0 --anchor 0.5 1 --refusal-cost 1 --kl-coef 0.1"
 )
 PROMPTS = {"--prompts": "harmful.txt", "--benign": "benign.txt"}
 """Written to the work folder: the built-in training prompts and those that the testbed was made with."""
@@ -35,21 +35,20 @@ FEW = "--anchor 0.25 1 --kl-coef 0.05"
 THEORY = "--probe 8 --best-of 8"
 """Measured beside a training, which it does not change."""
 EXPERIMENTS = {
-    **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s} {'' if s else THEORY}" for s in range(3)},
+    **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s}" for s in range(3)},
     **{f"sft-8.{s}": f"--method sft --exits {BROKEN} --seed {s}" for s in range(3)},
     "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
     "clip-ppo-default.0": "--exits default",
     "dpo-8.0": f"--method dpo --exits {BROKEN}",
     "grpo-8.0": f"--method grpo --exits {BROKEN}",
-    "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT}",
+    "l-ppo-random.0": f"--exits 0-10 --hold-out {HELD_OUT} --kl-coef 0.05",
 }
-LOOSE = {
+WEIGHTS = {
     **{f"l-ppo-8-kl0.05.{s}": f"--exits {BROKEN} --kl-coef 0.05 --seed {s}" for s in range(3)},
-    "l-ppo-8-kl0.1.1": f"--exits {BROKEN} --kl-coef 0.1 --seed 1",
-    "l-ppo-random-kl0.05.0": f"--exits 0-10 --hold-out {HELD_OUT} --kl-coef 0.05",
+    **{f"l-ppo-8-kl0.15.{s}": f"--exits {BROKEN} --kl-coef 0.15 --seed {s} {'' if s else THEORY}" for s in range(3)},
 }
-"""A smaller weight of the KL."""
-EARLIER = LOOSE | {
+"""Other weights of the KL."""
+EARLIER = {
     "l-ppo-random-few.0": f"--exits 0-10 --hold-out {HELD_OUT} --kl-coef 0.05",
     **{f"l-ppo-8-cost3.{s}": f"--exits {BROKEN} {FEW} --refusal-cost 3 --seed {s}" for s in range(2)},
     "l-ppo-8-cost1.0": f"--exits {BROKEN} {FEW}",
@@ -59,12 +58,12 @@ EARLIER = LOOSE | {
     "l-ppo-random-fast.0": f"--exits 0-10 --hold-out {HELD_OUT} {FAST} --steps 20 {THEORY}",
     **{f"sft-8-fast.{s}": f"--method sft --exits {BROKEN} {FAST} --seed {s}" for s in range(3)},
 }
-"""Those not in LOOSE on the built-in training prompts alone: 128 harmful, 112 harmless instead of 328 and 272."""
+"""On the built-in training prompts alone: 128 harmful and 112 harmless ones instead of 328 and 272."""
 AUDIT = "--vqa 400 --max-new-tokens 24"
 AUDITED = {
     **dict.fromkeys(("before", "l-ppo-random.0"), "4,6,8,11"),
     **dict.fromkeys(
-        ("l-ppo-random-kl0.05.0", "l-ppo-random-few.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0"),
+        ("l-ppo-random-few.0", "l-ppo-8-fast.0", "l-ppo-random-fast.0", "sft-8-fast.0"),
         "4,8,11",
     ),
 }
@@ -98,9 +97,9 @@ def commands(name: str, work: Path) -> list[list[str]]:
     audit.append(str(work / f"{name}-audit"))
     if name == "before":
         return [audit]
-    align = ["align", "testbed", *words(f"{COMMON} {(EXPERIMENTS | EARLIER)[name]}")]
+    align = ["align", "testbed", *words(f"{COMMON} {(EXPERIMENTS | WEIGHTS | EARLIER)[name]}")]
     align += ["--features", str(work / "features")]
-    if name in EXPERIMENTS | LOOSE:
+    if name in EXPERIMENTS | WEIGHTS:
         align += [word for option, file in PROMPTS.items() for word in (option, str(work / file))]
     return [[*align, "--out", str(work / name)], [*audit, "--adapter", str(work / name)]]
 
@@ -141,7 +140,7 @@ def keep_logs(name: str, work: Path) -> None:
 def main(config: Config) -> None:
     config.work.mkdir(parents=True, exist_ok=True)
     write_prompts(config.work)
-    known = ("before", *EXPERIMENTS, *EARLIER)
+    known = ("before", *EXPERIMENTS, *WEIGHTS, *EARLIER)
     if unknown := set(config.only) - set(known):
         raise SystemExit(f"unknown experiments {sorted(unknown)}; expected some of {sorted(known)}")
     names = [name for name in known if not config.only or name in config.only]
