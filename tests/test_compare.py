@@ -459,6 +459,8 @@ def test_what_is_odd_but_allowed_is_noted(compare, tmp_path):
         "The models have different names: 'other' and 'tiny'.",
         "Only BEFORE has an adapter; the two runs may be swapped.",
     ]
+    figures = compare(({1: "a"},), ({1: "r"},), {"config": {"adapter": "x"}}, {"config": {"adapter": "y"}})
+    assert figures["notes"] == ["BEFORE has an adapter too ('x'): the differences are those between two adapters."]
     runs = [write_run(tmp_path / name, {1: "a"}) for name in "ab"]
     write(runs[1] / "env.json", {"device": "cuda", "dtype": "float32"})
     assert read_pair(*runs).notes == ("The device differs: cpu before, cuda after.",)

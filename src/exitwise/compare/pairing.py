@@ -203,6 +203,10 @@ def _oddities(one: Run, two: Run) -> list[str]:
         notes.append("Both runs asked the same weights.")
     if one.config.get("adapter") and not two.config.get("adapter"):
         notes.append("Only BEFORE has an adapter; the two runs may be swapped.")
+    elif one.config.get("adapter") and one.config["adapter"] != two.config["adapter"]:
+        notes.append(
+            f"BEFORE has an adapter too ({one.config['adapter']!r}): the differences are those between two adapters."
+        )
     for name in ("device", "dtype"):
         values = one.env.get(name), two.env.get(name)
         if None not in values and values[0] != values[1]:
