@@ -163,7 +163,7 @@ class AlignConfig:
             raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(dtypes)}")
         if not all(0 <= share <= 1 for share in self.anchor):
             raise UserError(f"--anchor got {self.anchor}; expected two shares from 0 to 1")
-        if min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:
+        if min(self.mix) < 0 or not abs(sum(self.mix) - 1) <= 1e-6:
             raise UserError(f"--mix got {self.mix}; expected three shares that add up to 1")
         if not self.mix[0] and self._asks_harmful():
             raise UserError(
@@ -180,6 +180,12 @@ class AlignConfig:
             raise UserError(
                 f"--kl-horizon {self.kl_horizon} is less than --batch-size {self.batch_size}; give at least that, or "
                 "one batch could turn the weight of the KL around"
+            )
+        if self.kl_target is not None and not self.kl_coef:
+            raise UserError("--kl-target multiplies --kl-coef, and 0 stays 0; give --kl-coef to begin with")
+        if self.reward_template is not None and self.reward in ("builtin", "matcher"):
+            raise UserError(
+                f"--reward-template is for published reward models, not for --reward {self.reward}; leave it out"
             )
         if self.method == "grpo" and self.batch_size % self.group_size:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}")
