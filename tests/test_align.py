@@ -568,6 +568,8 @@ def test_validation_that_leaves_nothing_or_serves_nothing_is_one_line(tiny_folde
         align(config_of(tiny_folder, material, validation=12, eval_every=1), tmp_path / "run")
     with pytest.raises(UserError, match="give --eval-every too"):
         align(config_of(tiny_folder, material, validation=2), tmp_path / "run")
+    with pytest.raises(UserError, match="less than --steps"):  # no audit would come
+        align(config_of(tiny_folder, material, validation=2, eval_every=2), tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ audit of the result

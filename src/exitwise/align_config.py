@@ -117,11 +117,12 @@ class AlignConfig:
     dpo_beta: float = 0.1
     """Beta of DPO."""
     probe: int = 16
-    """Requests answered before and after every update to measure the return; 0 for none."""
+    """Requests answered before and after every update of L-PPO to measure the return; 0 for none."""
     best_of: int = 8
-    """Answers per request for the regret against best-of-n, at the end; 0 for none."""
+    """Answers per request for the regret against best-of-n, at the end of L-PPO and GRPO; 0 for none."""
     eval_every: int = 0
-    """Steps between two small audits of the trained exits; --schedule worst takes 10 where this is 0."""
+    """Steps between two small audits of the trained exits, none after the last step; --schedule worst takes 10 where
+    this is 0."""
     eval_prompts: int = 24
     """Harmful training prompts in such an audit; none with --validation."""
     validation: int = 0
@@ -189,8 +190,8 @@ class AlignConfig:
             )
         if self.method == "grpo" and self.batch_size % self.group_size:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}")
-        if self.validation and not self.audited_every():
-            raise UserError("--validation keeps prompts for the small audits; give --eval-every too")
+        if self.validation and not 0 < self.audited_every() < self.steps:
+            raise UserError("--validation keeps prompts for the small audits; give --eval-every too, less than --steps")
         if self.audit is not None and self.schedule != "worst":
             raise UserError("--audit gives the first weights of --schedule worst; give both or neither")
 

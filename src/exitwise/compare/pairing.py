@@ -98,7 +98,10 @@ def read_pair(before: Path, after: Path) -> Pair:
         if exits:
             verb = "is" if len(exits) == 1 else "are"
             notes.append(f"{_exits(exits)} {verb} in {name} only and left out.")
-    return Pair(one, two, common, scores, adapter_info(two), (*notes, *_oddities(one, two)))
+    info = adapter_info(two)
+    if info and not set(info.exits) & set(common):
+        notes.append(f"No trained exit ({ranges(info.exits)}) is in both runs, so the verdict is on the others.")
+    return Pair(one, two, common, scores, info, (*notes, *_oddities(one, two)))
 
 
 def read_run(folder: Path) -> Run:
