@@ -540,6 +540,16 @@ def test_validation_prompts_are_audited_and_never_trained_on(tiny_folder, materi
     assert audits == [set(), set(), everything, set(), everything, set()]
 
 
+def test_validation_keeps_a_prompt_out_about_every_image():
+    pool = [Sample(f"{i}", f"Request {i % 4}", "harmful", f"file:{i}.png") for i in range(12)]
+    kept = batches._keep(pool, 2)
+    assert len({s.prompt for s in kept}) == len(kept) == 2
+    assert not {s.prompt for s in pool} & {s.prompt for s in kept}
+    assert len(pool) == 6
+    with pytest.raises(UserError, match="leaves none of 2 harmful prompts"):
+        batches._keep(pool, 2)
+
+
 def test_a_small_audit_counts_what_the_judge_says(tiny_folder, material, tmp_path, monkeypatch):
     """Each kind by its own label, each exit by its own answers."""
     said = {("harmful", 1): "answered", ("harmful", 3): "refused", ("benign", 1): "answered", ("benign", 3): "refused"}
@@ -558,6 +568,8 @@ def test_validation_that_leaves_nothing_or_serves_nothing_is_one_line(tiny_folde
         align(config_of(tiny_folder, material, validation=12, eval_every=1), tmp_path / "run")
     with pytest.raises(UserError, match="give --eval-every too"):
         align(config_of(tiny_folder, material, validation=2), tmp_path / "run")
+    with pytest.raises(UserError, match="less than --steps"):  # no audit would come
+        align(config_of(tiny_folder, material, validation=2, eval_every=2), tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------------------ audit of the result
@@ -627,6 +639,10 @@ def command(model, material, out, *more):
         (["--audit", "."], "--schedule worst"),
         (["--gamma", "1.1"], "--gamma got 1.1; expected 0 to 1"),
         (["--steps", "0"], "--steps got 0"),
+        (["--mix", "nan", "0.5", "0.5"], "three shares that add up to 1"),
+        (["--kl-coef", "inf"], "--kl-coef got inf; expected at least 0, and finite"),
+        (["--kl-coef", "0", "--kl-target", "1"], "--kl-target multiplies --kl-coef, and 0 stays 0"),
+        (["--reward-template", "question"], "not for --reward matcher"),
         (["--lr", "nan"], "--lr got nan"),
         (["--prompts", "EMPTY"], "no usable row"),
         (["--images", "NONE"], "no readable image"),
@@ -652,6 +668,23 @@ def test_a_data_set_of_which_nothing_is_left_is_one_line(tmp_path, material, cap
 def test_an_exit_the_model_lacks(tiny_folder, material, tmp_path, capsys):
     assert code_of(command(tiny_folder, material, tmp_path / "run", "--exits", "9")) == 2
     assert "exits 0 to 4" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--exits", "1,2,3", "--schedule", "each"], "cannot be shared by 3 exits"),
+        (["--exits", "1,2", "--schedule", "worst", "--audit", "NONE"], "metrics.json does not exist"),
+        (["--mix", "0.95", "0", "0.05"], "asks 8 prompts a step, of which --mix (0.95, 0.0, 0.05) gives (8, 0, 0)"),
+        (["--hold-out", "frog"], "--hold-out got 'frog'"),
+    ],
+)
+def test_a_mistake_that_only_the_model_shows_may_be_mended(tiny_folder, material, tmp_path, capsys, more, said):
+    """In the same directory: nothing was begun there."""
+    more = [str(tmp_path / "none") if word == "NONE" else word for word in more]
+    assert code_of(command(tiny_folder, material, tmp_path / "run", *more)) == 2
+    assert said in one_line(capsys)
+    assert not (tmp_path / "run/plan.json").exists()
 
 
 def test_features_that_are_no_folder(tiny_folder, material, tmp_path, capsys):

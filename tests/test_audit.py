@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,15 @@ def test_a_folder_of_somebody_else_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         audit(config_of(tiny_folder), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_folder_of_a_model_is_no_run_to_begin(tiny_folder, tmp_path):
+    """A run that was never begun may be begun otherwise, but a model has a config.json too."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    kept = (tmp_path / "model/config.json").read_bytes()
+    with pytest.raises(UserError, match="not a run directory"):
+        audit(config_of(tmp_path / "model"), tmp_path / "model")
+    assert (tmp_path / "model/config.json").read_bytes() == kept
 
 
 def test_two_at_once_the_second_is_refused(tiny_folder, tmp_path):

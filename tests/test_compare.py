@@ -451,6 +451,13 @@ def test_exits_of_one_run_only_are_named_and_left_out(compare):
     assert figures["notes"] == ["Exit 0 is in BEFORE only and left out.", "Exit 4 is in AFTER only and left out."]
 
 
+def test_trained_exits_that_were_not_audited_are_told(compare):
+    info = {"config": {"adapter_info": {"method": "l-ppo", "exits": [2, 4], "held_out": [1]}}}
+    figures = compare(({1: "aa", 3: "rr"},), ({1: "rr", 3: "rr", 4: "rr"},), None, info)
+    assert figures["verdict"]["focus"] == "all"
+    assert "No trained exit (2, 4) is in both runs, so the verdict is on the others." in figures["notes"]
+
+
 def test_what_is_odd_but_allowed_is_noted(compare, tmp_path):
     same = {"plan": {"model_sha256": "x"}}
     assert compare(({1: "a"},), ({1: "r"},), same, same)["notes"] == ["Both runs asked the same weights."]
@@ -459,6 +466,8 @@ def test_what_is_odd_but_allowed_is_noted(compare, tmp_path):
         "The models have different names: 'other' and 'tiny'.",
         "Only BEFORE has an adapter; the two runs may be swapped.",
     ]
+    figures = compare(({1: "a"},), ({1: "r"},), {"config": {"adapter": "x"}}, {"config": {"adapter": "y"}})
+    assert figures["notes"] == ["BEFORE has an adapter too ('x'): the differences are those between two adapters."]
     runs = [write_run(tmp_path / name, {1: "a"}) for name in "ab"]
     write(runs[1] / "env.json", {"device": "cuda", "dtype": "float32"})
     assert read_pair(*runs).notes == ("The device differs: cpu before, cuda after.",)

@@ -5,6 +5,7 @@ import math
 import random
 import resource
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from exitwise.reward_training import (
     batch_order,
     calibration_error,
     evaluate,
+    load_checkpoint,
     lr_at,
     measure,
     split_by_prompt,
@@ -588,6 +590,12 @@ def test_a_run_is_not_continued_with_other_things(tmp_path, tiny_folder, pairs):
         train_reward(config, tmp_path / "run")
 
 
+def test_a_broken_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"checkpoint\.safetensors is broken"):
+        load_checkpoint(tmp_path / "checkpoint.safetensors", {}, None)
+
+
 def test_a_loss_that_is_no_number_stops_the_training(tmp_path, tiny_folder, pairs, monkeypatch):
     from exitwise import reward_training
 
@@ -668,6 +676,20 @@ def test_the_command_line(tmp_path, tiny_folder, pairs, capsys):
     with pytest.raises(SystemExit) as stop:
         entry(["reward", "eval", str(tmp_path / "nothing"), "--pairs", pairs])
     assert stop.value.code == 2
+    (tmp_path / "more.jsonl").write_text(Path(pairs).read_text() + '{"prompt": "lonely"}\n')
+    figures = tmp_path / "new/folder/figures.json"
+    entry(["reward", "eval", run, "--pairs", str(tmp_path / "more.jsonl"), "--out", str(figures)])
+    assert "skipped more.jsonl, line 41: " in capsys.readouterr().err
+    assert json.loads(figures.read_text())["all"]["n"] == 40
+    for more, said in (
+        (["--pairs"], "--pairs got nothing"),
+        (["--pairs", pairs, "--template", "question"], "is no published reward model"),
+        (["--pairs", pairs, "--out", str(tmp_path)], "which is a folder"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            entry(["reward", "eval", run, *more])
+        assert stop.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- the shipped one

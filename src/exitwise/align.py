@@ -79,7 +79,7 @@ def align(config: AlignConfig, out: Path, progress: Progress | None = None) -> P
             progress.say(f"{out} is finished")
             return out / "adapter"
         bench = prepare(config, out, pools, accelerator, progress)
-        state, history = checkpoints.resume(bench, out, first_state(bench))
+        state, history = checkpoints.resume(bench, out, first_state(config, bench.exits))
         progress.start(config.steps, "steps")
         progress.advance(state.step)
         accelerator.init_trackers("exitwise", config=for_tracker(config, pools)) if config.tracker else None

@@ -117,11 +117,12 @@ class AlignConfig:
     dpo_beta: float = 0.1
     """Beta of DPO."""
     probe: int = 16
-    """Requests answered before and after every update to measure the return; 0 for none."""
+    """Requests answered before and after every update of L-PPO to measure the return; 0 for none."""
     best_of: int = 8
-    """Answers per request for the regret against best-of-n, at the end; 0 for none."""
+    """Answers per request for the regret against best-of-n, at the end of L-PPO and GRPO; 0 for none."""
     eval_every: int = 0
-    """Steps between two small audits of the trained exits; --schedule worst takes 10 where this is 0."""
+    """Steps between two small audits of the trained exits, none after the last step; --schedule worst takes 10 where
+    this is 0."""
     eval_prompts: int = 24
     """Harmful training prompts in such an audit; none with --validation."""
     validation: int = 0
@@ -163,7 +164,7 @@ class AlignConfig:
             raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(dtypes)}")
         if not all(0 <= share <= 1 for share in self.anchor):
             raise UserError(f"--anchor got {self.anchor}; expected two shares from 0 to 1")
-        if min(self.mix) < 0 or abs(sum(self.mix) - 1) > 1e-6:
+        if min(self.mix) < 0 or not abs(sum(self.mix) - 1) <= 1e-6:
             raise UserError(f"--mix got {self.mix}; expected three shares that add up to 1")
         if not self.mix[0] and self._asks_harmful():
             raise UserError(
@@ -181,10 +182,16 @@ class AlignConfig:
                 f"--kl-horizon {self.kl_horizon} is less than --batch-size {self.batch_size}; give at least that, or "
                 "one batch could turn the weight of the KL around"
             )
+        if self.kl_target is not None and not self.kl_coef:
+            raise UserError("--kl-target multiplies --kl-coef, and 0 stays 0; give --kl-coef to begin with")
+        if self.reward_template is not None and self.reward in ("builtin", "matcher"):
+            raise UserError(
+                f"--reward-template is for published reward models, not for --reward {self.reward}; leave it out"
+            )
         if self.method == "grpo" and self.batch_size % self.group_size:
             raise UserError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}")
-        if self.validation and not self.audited_every():
-            raise UserError("--validation keeps prompts for the small audits; give --eval-every too")
+        if self.validation and not 0 < self.audited_every() < self.steps:
+            raise UserError("--validation keeps prompts for the small audits; give --eval-every too, less than --steps")
         if self.audit is not None and self.schedule != "worst":
             raise UserError("--audit gives the first weights of --schedule worst; give both or neither")
 

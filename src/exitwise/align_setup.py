@@ -80,6 +80,8 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
     for line in pools.skipped:
         progress.say(f"skipped {line}")
     exits = batches.choose_exits(config, vlm.n_blocks, vlm.default_exit)
+    batches.per_step(config, exits)  # these two before a plan is written: until then a mistake may be mended
+    first_state(config, exits)
     identity = fingerprint(vlm)
     if plan and plan["model_sha256"] != identity:
         raise UserError(f"the weights of {config.model} changed since {out} was begun; give --out another directory")
@@ -147,8 +149,9 @@ def load_scores(spec: str, policy: Policy, template: str | None) -> Scores:
     return load_reward(spec, policy.vlm, policy.peft_model, template=template)
 
 
-def first_state(bench: Bench) -> State:
-    config, trained = bench.config, bench.exits.trained
+def first_state(config: AlignConfig, exits: batches.Exits) -> State:
+    """Raises UserError where the run of --audit is none, or has no ASR at a trained exit."""
+    trained = exits.trained
     weights = dict.fromkeys(trained, 1 / len(trained))
     if config.audit is not None:
         metrics = runs.read_json(config.audit / "metrics.json", "exits")

@@ -85,13 +85,19 @@ def askable(pools: Pools, control_token: Callable[[str], str]) -> Pools:
 
 
 def _keep(pool: list[Sample], n: int) -> list[Sample]:
-    """Takes `n` samples out of a pool, the same ones whatever the seed: runs that differ in it are compared."""
-    if n >= len(pool) > 0:
-        raise UserError(f"--validation {n} leaves none of {len(pool)} {pool[0].kind} prompts to train on; give fewer")
-    kept = set(random.Random("validation").sample(range(len(pool)), n)) if pool else set()
-    found = [sample for i, sample in enumerate(pool) if i in kept]
-    pool[:] = [sample for i, sample in enumerate(pool) if i not in kept]
-    return found
+    """Takes `n` prompts out of a pool, the same ones whatever the seed: runs that differ in it are compared.
+
+    Returns one sample of each; none of that prompt is left, about whatever image.
+    """
+    by_prompt = {sample.prompt: sample for sample in reversed(pool)}  # the first of each
+    prompts = list(dict.fromkeys(sample.prompt for sample in pool))
+    if n >= len(prompts) > 0:
+        raise UserError(
+            f"--validation {n} leaves none of {len(prompts)} {pool[0].kind} prompts to train on; give fewer"
+        )
+    kept = {prompts[i] for i in random.Random("validation").sample(range(len(prompts)), n)} if pool else set()
+    pool[:] = [sample for sample in pool if sample.prompt not in kept]
+    return [by_prompt[prompt] for prompt in prompts if prompt in kept]
 
 
 def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
@@ -100,7 +106,7 @@ def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
     Raises:
         UserError: an exit is not there, or none is left to train at.
     """
-    held = parse_exits(config.hold_out, n_blocks, default) if config.hold_out else ()
+    held = parse_exits(config.hold_out, n_blocks, default, "--hold-out") if config.hold_out else ()
     trained = tuple(e for e in parse_exits(config.exits, n_blocks, default) if e not in held)
     if not trained:
         raise UserError(f"--hold-out {config.hold_out} leaves no exit of --exits {config.exits} to train at")
@@ -119,21 +125,14 @@ def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: di
         weights: of the trained exits, under --schedule worst.
     """
     rng = random.Random(f"{config.seed}/batch/{step}")
-    copies = config.group_size if config.method == "grpo" else 1
-    times = len(exits.trained) if config.schedule == "each" else 1
-    n = config.batch_size // copies // times
-    if n < 1 or n * copies * times != config.batch_size:
-        raise UserError(
-            f"--batch-size {config.batch_size} cannot be shared by {times} exits and groups of {copies}; "
-            f"give a multiple of {times * copies}"
-        )
-    counts = _counts(n, config.mix)
+    counts = per_step(config, exits)
+    copies = _copies(config)
     chosen = [
         sample
         for pool, count in zip((pools.harmful, pools.benign, pools.vqa), counts, strict=True)
         for sample in _turn(pool, count, step, config.seed)
     ]
-    pictures = rng.sample(pools.pictures, min(len(pools.pictures), -(-n // PROMPTS_PER_IMAGE)))
+    pictures = rng.sample(pools.pictures, min(len(pools.pictures), -(-len(chosen) // PROMPTS_PER_IMAGE)))
     requests: list[Request] = []
     for sample in chosen:
         image = rng.choice(pictures) if sample.image in pools.pictures else sample.image
@@ -141,6 +140,33 @@ def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: di
             for _ in range(copies):
                 requests.append(Request(replace(sample, id=f"{sample.id}#{len(requests)}", image=image), exit))
     return requests
+
+
+def per_step(config: AlignConfig, exits: Exits) -> tuple[int, int, int]:
+    """How many prompts of each kind a step asks, each `_copies` times at an exit or at every one.
+
+    Raises:
+        UserError: the batch cannot be shared so, or a kind with a share would never be asked.
+    """
+    copies, times = _copies(config), len(exits.trained) if config.schedule == "each" else 1
+    n = config.batch_size // copies // times
+    if n < 1 or n * copies * times != config.batch_size:
+        raise UserError(
+            f"--batch-size {config.batch_size} cannot be shared by {times} exits and groups of {copies}; "
+            f"give a multiple of {times * copies}"
+        )
+    counts = _counts(n, config.mix)
+    if any(share and not count for share, count in zip(config.mix, counts, strict=True)):
+        raise UserError(
+            f"--batch-size {config.batch_size} asks {n} prompts a step, of which --mix {config.mix} gives {counts}; "
+            "give a larger batch, or no share to a kind that is not to be asked"
+        )
+    return counts
+
+
+def _copies(config: AlignConfig) -> int:
+    """Answers of a step to one prompt at one exit."""
+    return config.group_size if config.method == "grpo" else 1
 
 
 def _counts(n: int, mix: Sequence[float]) -> tuple[int, int, int]:

@@ -305,11 +305,19 @@ class RewardEval:
         from .reward_training import evaluate, table
         from .rewards import load_reward
 
-        pairs = [pair for source in self.pairs for pair in load_preferences(source, self.limit).pairs]
+        if not self.pairs:
+            raise UserError("--pairs got nothing; expected files of preference pairs, or hub ids")
+        if self.out and self.out.is_dir():
+            raise UserError(f"--out got {self.out}, which is a folder; expected a JSON file for the figures")
+        loaded = [load_preferences(source, self.limit) for source in self.pairs]
+        for line in (line for source in loaded for line in source.skipped):
+            print(f"skipped {line}", file=sys.stderr)
+        pairs = [pair for source in loaded for pair in source.pairs]
         metrics = evaluate(load_reward(self.reward, template=self.template), pairs)
-        if self.out:
-            runs.write_json(self.out, metrics)
         print(table(metrics))
+        if self.out:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            runs.write_json(self.out, metrics)
 
 
 @dataclass(frozen=True)

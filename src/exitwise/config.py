@@ -190,8 +190,9 @@ def check_ranges(config: object, ranges: tuple[tuple[str, float, float], ...]) -
     """Raises UserError where a field of (name, least, most) is out of range; None is not set and passes."""
     for name, low, high in ranges:
         value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            wanted = f"at least {low}" if high == inf else f"{low} to {high}"
+        if value is not None and (value == inf or not low <= value <= high):
+            wanted = f"at least {low}, and finite" if value == inf else f"at least {low}"
+            wanted = wanted if high == inf else f"{low} to {high}"
             raise UserError(f"--{name.replace('_', '-')} got {value}; expected {wanted}")
 
 

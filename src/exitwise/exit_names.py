@@ -69,10 +69,13 @@ def ranges(exits: Iterable[int]) -> str:
     return ", ".join(name_of(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def parse_exits(text: str, n_blocks: int, default_exit: int) -> tuple[int, ...]:
+def parse_exits(text: str, n_blocks: int, default_exit: int, flag: str = "--exits") -> tuple[int, ...]:
     """`all`, `default`, `early`, `middle`, `late`, numbers and ranges, separated by commas: `default,0-3,late`.
 
     Layers joined by + are one exit that fuses them (`3+18+23`, see `fused`).
+
+    Args:
+        flag: that gave the text, for messages.
 
     Raises:
         UserError: a word is none of these, or an exit lies outside 0 .. n_blocks.
@@ -96,13 +99,13 @@ def parse_exits(text: str, n_blocks: int, default_exit: int) -> tuple[int, ...]:
             layers = [int(layer) for layer in word.split("+")]
             if max(layers) > n_blocks or len(set(layers)) < len(layers):
                 raise UserError(
-                    f"--exits got {word!r}; expected different layers of 0 to {n_blocks}, joined by + (default "
+                    f"{flag} got {word!r}; expected different layers of 0 to {n_blocks}, joined by + (default "
                     f"{default_exit})"
                 )
             found.add(fused(layers))
         else:
             raise UserError(
-                f"--exits got {word!r}; expected all, default, early, middle, late, numbers or ranges "
+                f"{flag} got {word!r}; expected all, default, early, middle, late, numbers or ranges "
                 f"(0 to {n_blocks}), separated by commas; layers to fuse joined by +"
             )
     return tuple(sorted(found))

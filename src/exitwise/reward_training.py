@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import runs
@@ -309,17 +309,24 @@ def save_checkpoint(path: Path, step: int, weights: dict[str, torch.nn.Parameter
 
 
 def load_checkpoint(path: Path, weights: dict[str, torch.nn.Parameter], optimizer: Any) -> int:
-    """Puts weights and moments back; returns the steps done, 0 where there is no checkpoint."""
+    """Puts weights and moments back; returns the steps done, 0 where there is no checkpoint.
+
+    Raises:
+        UserError: the checkpoint is broken.
+    """
     if not path.exists():
         return 0
-    with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
-        for name, weight in weights.items():
-            weight.data.copy_(file.get_tensor(f"weight/{name}"))
-            moments = (file.get_tensor(f"{key}/{name}").to(weight.device) for key in ("first", "second"))
-            optimizer.state[weight] = dict(
-                zip(("step", "exp_avg", "exp_avg_sq"), (torch.tensor(float(step)), *moments), strict=True)
-            )
+    try:
+        with safe_open(path, "pt") as file:
+            step = int(file.metadata()["step"])
+            for name, weight in weights.items():
+                weight.data.copy_(file.get_tensor(f"weight/{name}"))
+                moments = (file.get_tensor(f"{key}/{name}").to(weight.device) for key in ("first", "second"))
+                optimizer.state[weight] = dict(
+                    zip(("step", "exp_avg", "exp_avg_sq"), (torch.tensor(float(step)), *moments), strict=True)
+                )
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the checkpoint {path} is broken ({error}); delete it to begin again") from None
     return step
 
 

@@ -475,6 +475,8 @@ def load_reward(
             raise UserError(f"the built-in reward model reads the testbed's hidden states, not those of {vlm.name}")
     if not (folder / "reward.json").is_file():
         return PublishedReward(spec, template, device)
+    if template is not None:
+        raise UserError(f"{spec} is no published reward model: it knows how it wants its texts; give no template")
     recipe = Recipe.read(folder)
     if recipe.kind == "vlm" and recipe.backbone:
         if vlm is None or Path(vlm.name).resolve() != Path(recipe.backbone).resolve():  # others read other states

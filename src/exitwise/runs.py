@@ -137,10 +137,16 @@ def open_run(folder: Path, config: dict[str, Any]) -> Iterator[Path]:
                 write_json(path, config)
         else:
             strangers = [p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp")]
-            if strangers and not path.exists():
+            if strangers and not _is_run(path):
                 raise UserError(f"{folder} is not empty and not a run directory; give --out another directory")
             write_json(path, config)
         yield folder
+
+
+def _is_run(path: Path) -> bool:
+    """Whether the config.json is of a run that was never begun, and not of a model, which must not be overwritten."""
+    fields = read_json(path) if path.exists() else {}
+    return "seed" in fields and "model_type" not in fields
 
 
 @contextmanager

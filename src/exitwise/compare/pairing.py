@@ -98,7 +98,10 @@ def read_pair(before: Path, after: Path) -> Pair:
         if exits:
             verb = "is" if len(exits) == 1 else "are"
             notes.append(f"{_exits(exits)} {verb} in {name} only and left out.")
-    return Pair(one, two, common, scores, adapter_info(two), (*notes, *_oddities(one, two)))
+    info = adapter_info(two)
+    if info and not set(info.exits) & set(common):
+        notes.append(f"No trained exit ({ranges(info.exits)}) is in both runs, so the verdict is on the others.")
+    return Pair(one, two, common, scores, info, (*notes, *_oddities(one, two)))
 
 
 def read_run(folder: Path) -> Run:
@@ -203,6 +206,10 @@ def _oddities(one: Run, two: Run) -> list[str]:
         notes.append("Both runs asked the same weights.")
     if one.config.get("adapter") and not two.config.get("adapter"):
         notes.append("Only BEFORE has an adapter; the two runs may be swapped.")
+    elif one.config.get("adapter") and one.config["adapter"] != two.config["adapter"]:
+        notes.append(
+            f"BEFORE has an adapter too ({one.config['adapter']!r}): the differences are those between two adapters."
+        )
     for name in ("device", "dtype"):
         values = one.env.get(name), two.env.get(name)
         if None not in values and values[0] != values[1]:
