@@ -23,6 +23,7 @@ LABELS = {
     "grpo-8": "GRPO at exit 8",
     "clip-ppo-default": "Clip-PPO at the default exit",
     "l-ppo-8-kl0": "L-PPO at exit 8, kl_coef 0",
+    "l-ppo-8-alone": "the same on harmful prompts alone, twice the learning rate, 16 steps",
     "l-ppo-8-kl0.05": "L-PPO at exit 8, kl_coef 0.05",
     "l-ppo-8-kl0.15": "L-PPO at exit 8, kl_coef 0.15",
     "l-ppo-random-few": "L-PPO, random exits, fewer prompts",

@@ -38,6 +38,7 @@ EXPERIMENTS = {
     **{f"l-ppo-8.{s}": f"--exits {BROKEN} --seed {s}" for s in range(3)},
     **{f"sft-8.{s}": f"--method sft --exits {BROKEN} --seed {s}" for s in range(3)},
     "l-ppo-8-kl0.0": f"--exits {BROKEN} --kl-coef 0",
+    "l-ppo-8-alone.0": f"--exits {BROKEN} --kl-coef 0 --mix 1 0 0 --lr 1e-3 --steps 16",
     "clip-ppo-default.0": "--exits default",
     "dpo-8.0": f"--method dpo --exits {BROKEN}",
     "grpo-8.0": f"--method grpo --exits {BROKEN}",
