@@ -213,7 +213,7 @@ def ours(job: dict) -> dict:
     bench = bench._replace(reward=AdapterReward(bench.policy), clock=ProcessorClock(out / "timing.json"))
     bench.policy.vlm.model.generation_config.eos_token_id = -1  # answers of one length
     trainable = sum(p.numel() for p in bench.policy.trainable().values())
-    state = align.first_state(bench)
+    state = align.first_state(config, bench.exits)
     speed, steps = matrix_speed(bench.policy.vlm, job), []
     for _ in range(job["steps"]):
         before, before_cpu = dict(bench.clock.phases), dict(bench.clock.cpu)
