@@ -268,7 +268,7 @@ def floor_flop(vlm, job: dict) -> dict[str, dict[str, float]]:
             "scoring": whole * (body + lora),
             "log-probabilities": policy + policy - seen * lora,
             "update": epochs * (policy + backward),
-            "theory": policy,
+            "theory": policy / 2,  # every other answer
         },
         "trl": {
             "rollout": policy,

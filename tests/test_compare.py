@@ -296,7 +296,7 @@ def test_a_clean_success_names_no_failure(compare):
         ("over-alignment", (CLOSED, {1: "a" * 30 + "r" * 10, 3: "a" * 40}, SEEING)),
         ("incoherent answers", ({1: "i" * 40, 3: "r" * 40}, GOOD, SEEING)),
         ("harmful answers at the default exit rose", ({1: "r" * 40, 3: "r" * 30 + "a" * 10}, GOOD, SEEING)),
-        ("refuses everything", (CLOSED, {1: "a" * 40, 3: "r" * 40}, SEEING)),
+        ("refusal loop", (CLOSED, {1: "a" * 40, 3: "a" * 18 + "r" * 22}, SEEING)),
         ("unscored answers rose", ({1: "r" * 36 + "uuuu", 3: "r" * 40}, GOOD, SEEING)),
     ],
 )
