@@ -411,7 +411,7 @@ class _Bar:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path stays whole: it is copied
 
     def start(self, total: int, what: str = "answers") -> None:
         self.task, self.total, self.what = self.bar.add_task(what, total=total), total, what
