@@ -20,7 +20,8 @@ vocabulary only where a response token is predicted. Divided by the speed of the
 projection, one mini-batch) in the same run. Prediction: 60 % of that floor's speed overall and under 40 % in the
 rollout, whose products have `batch` rows; against TRL the same count says 1.57 times fewer operations at the defaults,
 and its AdamW over a whole value model and its logits over prompts too should make that about 1.75 in time; memory about
-half. (Written for prompts of 32 and answers of 16 tokens and two epochs; what came of it is in docs/log.md.)
+half. (Written for prompts of 32 and answers of 16 tokens and two epochs; the look back takes every other answer since,
+and the count follows; what came of it is in docs/log.md.)
 
 Writes one JSON object to --out and prints it.
 """

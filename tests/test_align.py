@@ -194,6 +194,14 @@ def test_an_update_is_that_of_plain_loops(tiny_folder, material, tmp_path, monke
         assert torch.allclose(10 * moments[f"{i}.exp_avg"], gradient, rtol=1e-3, atol=1e-4 * largest), name
 
 
+def test_an_update_of_no_size_shifts_nothing(tiny_folder, material, tmp_path, vowels):
+    """Every other answer is looked back at; a row compared with another's would show."""
+    align(config_of(tiny_folder, material, lr=0.0, steps=1, exits="1,3"), tmp_path / "run")
+    (row,) = rows_of(tmp_path / "run")
+    for name in ("surrogate_gain", "mean_kl", "max_kl", "mean_tv", "max_tv"):
+        assert row[f"theory/{name}"] == pytest.approx(0.0, abs=1e-5)
+
+
 def test_sft_loss_falls(tiny_folder, material, tmp_path):
     align(config_of(tiny_folder, material, method="sft", steps=6, lr=2e-2, batch_size=16), tmp_path / "run")
     losses = [row["loss/policy_avg"] for row in rows_of(tmp_path / "run")]

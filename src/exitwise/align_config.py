@@ -22,7 +22,7 @@ class AlignConfig:
     """What an alignment asks; every field lands in config.json."""
 
     model: Positional[str]
-    """testbed, a folder or a hub id of a LLaVA-1.5-style checkpoint."""
+    """testbed, a folder or a hub id of a model of any supported family (docs/families.md)."""
     method: Literal["l-ppo", "grpo", "sft", "dpo"] = "l-ppo"
     """l-ppo (Bachu et al.); the others are baselines on the same data, exits, steps and adapter."""
     exits: str = "default"
