@@ -88,11 +88,11 @@ def export(config: Config, path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     from exitwise import load_vlm
-    from exitwise.align_config import AlignConfig
+    from exitwise.alignment.config import AlignConfig
 
     folder = config.model
     if folder == "testbed":
-        from exitwise.testbed.parts import base_folder
+        from exitwise.model.testbed.parts import base_folder
 
         folder = str(base_folder())
     vlm = load_vlm(folder, dtype="float32", device="cpu")
@@ -179,9 +179,11 @@ def ours(job: dict) -> dict:
     import torch
     from accelerate import Accelerator
 
-    from exitwise import Sample, align, batches
-    from exitwise.align_config import AlignConfig
-    from exitwise.timing import Clock
+    from exitwise import Sample
+    from exitwise.alignment import batches, loop
+    from exitwise.alignment.config import AlignConfig
+    from exitwise.run.clock import Clock
+    from exitwise.run.progress import Silent
 
     class ProcessorClock(Clock):
         """Also counts processor seconds by phase, which other work on the machine hardly touches."""
@@ -210,16 +212,16 @@ def ours(job: dict) -> dict:
     config.check()
     samples = [Sample(f"p{i}", text, "harmful", "") for i, text in enumerate(job["prompts"])]
     pools = batches.Pools(samples, [], [], [], [])
-    bench = align.prepare(config, out, pools, Accelerator(cpu=True), align.Silent())
+    bench = loop.prepare(config, out, pools, Accelerator(cpu=True), Silent())
     bench = bench._replace(reward=AdapterReward(bench.policy), clock=ProcessorClock(out / "timing.json"))
     bench.policy.vlm.model.generation_config.eos_token_id = -1  # answers of one length
     trainable = sum(p.numel() for p in bench.policy.trainable().values())
-    state = align.first_state(config, bench.exits)
+    state = loop.first_state(config, bench.exits)
     speed, steps = matrix_speed(bench.policy.vlm, job), []
     for _ in range(job["steps"]):
         before, before_cpu = dict(bench.clock.phases), dict(bench.clock.cpu)
         began = time.monotonic(), time.process_time()
-        metrics, _ = align.train_step(bench, state, out)
+        metrics, _ = loop.train_step(bench, state, out)
         seconds, cpu = time.monotonic() - began[0], time.process_time() - began[1]
         state.step += 1
         phases = {k: bench.clock.phases[k] - before.get(k, 0.0) for k in bench.clock.cpu}

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from exitwise.exits import encode, exit_at, replay
-from exitwise.vlm import Vlm, describe
+from exitwise.model.exits import encode, exit_at, replay
+from exitwise.model.vlm import Vlm, describe
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ import tyro
 from exitwise import Sample, exit_at, exit_features, load_vlm
 from exitwise.data.images import BUILTIN_PHOTOGRAPHS, load_image
 from exitwise.data.prompts import builtin_benign
-from exitwise.engines import hf
+from exitwise.engines import prefix
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def floor_flop(vlm, rows, completions) -> float:
 def engine(vlm, requests, images, config):
     exits = range(vlm.n_blocks + 1)
     features = {name: exit_features(vlm, image, exits) for name, image in images.items()}
-    rows = hf.make_rows(vlm, requests, lambda name: len(features[name][0]))
+    rows = prefix.make_rows(vlm, requests, lambda name: len(features[name][0]))
     longest = max(len(r.head) + len(r.tail) for r in rows) + config.new_tokens
-    batch, prefix_tokens = hf.memory_limits(vlm, longest)
+    batch, prefix_tokens = prefix.memory_limits(vlm, longest)
     found = {}
-    for wave in hf.make_plan(rows, batch, prefix_tokens):
-        for _, part in hf.answer_wave(vlm, wave, lambda n, e: features[n][e], hf.Decoding(config.new_tokens)):
+    for wave in prefix.make_plan(rows, batch, prefix_tokens):
+        for _, part in prefix.answer_wave(vlm, wave, lambda n, e: features[n][e], prefix.Decoding(config.new_tokens)):
             found |= {(c.sample, c.exit): c for c in part}
     return found, rows
 
@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     images = {name: load_image(name, None) for name in names}
     prompts = [s.prompt for s in builtin_benign("test")][: config.prompts]
     samples = [Sample(f"p{i}", p, "benign", names[i % len(names)]) for i, p in enumerate(prompts)]
-    requests = [hf.Request(s, e) for s in samples for e in range(vlm.n_blocks + 1)]
+    requests = [prefix.Request(s, e) for s in samples for e in range(vlm.n_blocks + 1)]
     engine(vlm, requests[:26], images, Config(new_tokens=4))  # warm-up
     speed = matrix_speed()
     (ours, rows), seconds = timed(engine, vlm, requests, images, config)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tyro
 
-from exitwise.calibrate import calibrate
-from exitwise.runs import write_json
+from exitwise.measure.calibration import calibrate
+from exitwise.run.directory import write_json
 
 ROOT = Path(__file__).parents[1]
 

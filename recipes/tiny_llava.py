@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from exitwise.testbed.parts import CHAT_TEMPLATE, base_folder
+from exitwise.model.testbed.parts import CHAT_TEMPLATE, base_folder
 
 SIDE, PATCH, BLOCKS = 56, 14, 6  # 16 image tokens
 

@@ -9,10 +9,10 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-import exitwise.align_setup
+import exitwise.alignment.setup
 from exitwise import UserError
-from exitwise.align import align
-from exitwise.align_config import AlignConfig
+from exitwise.alignment.config import AlignConfig
+from exitwise.alignment.loop import align
 
 CHEAP = {
     "exits": "1", "steps": 2, "batch_size": 8, "max_new_tokens": 4, "mix": (1.0, 0.0, 0.0), "reward": "matcher",
@@ -80,7 +80,7 @@ class NanElsewhere(VowelReward):
 
 def align_with_nan(model: Path, material: Path, out: Path) -> None:
     """What this process said when another one had to stop, as OUT/said.RANK."""
-    exitwise.align_setup.load_scores = lambda *_: NanElsewhere()
+    exitwise.alignment.setup.load_scores = lambda *_: NanElsewhere()
     try:
         align(config_of(model, material), out / "nan")
     except UserError as error:
@@ -90,7 +90,7 @@ def align_with_nan(model: Path, material: Path, out: Path) -> None:
 if __name__ == "__main__":
     places, ports = [Path(word) for word in sys.argv[1:4]], sys.argv[4:]
     meet = lambda: os.environ.__setitem__("MASTER_PORT", ports.pop())  # a port that was met at may not be free yet
-    exitwise.align_setup.load_scores = lambda *_: VowelReward()
+    exitwise.alignment.setup.load_scores = lambda *_: VowelReward()
     align_all(*places, meet)
     meet()
     align_with_nan(*places)

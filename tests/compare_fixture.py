@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from exitwise.config import AuditConfig
-from exitwise.records import Completion, Sample, Verdict
+from exitwise.auditing.config import AuditConfig
+from exitwise.run.records import Completion, Sample, Verdict
 
 LABELS = {"a": "answered", "r": "refused", "i": "incoherent", "c": "correct", "w": "wrong", "u": "unscored"}
 Letters = Mapping[int, str]

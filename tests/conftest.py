@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from exitwise.testbed.parts import CHAT_TEMPLATE
-from exitwise.vlm import Vlm, describe
+from exitwise.model.testbed.parts import CHAT_TEMPLATE
+from exitwise.model.vlm import Vlm, describe
 
 ROOT = Path(__file__).parents[1]
 PATCH, SIDE = 7, 28  # 16 image tokens

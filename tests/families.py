@@ -25,8 +25,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from exitwise.testbed.parts import CHAT_TEMPLATE
-from exitwise.vlm import Vlm, describe
+from exitwise.model.testbed.parts import CHAT_TEMPLATE
+from exitwise.model.vlm import Vlm, describe
 
 if "transformers.models.pixtral.processing_pixtral" not in sys.modules:
     from transformers.models.pixtral import image_processing_pil_pixtral

@@ -8,9 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from exitwise.audit import AuditConfig
-from exitwise.metrics import compute_metrics
-from exitwise.records import Completion, Sample, Verdict
+from exitwise.auditing.audit import AuditConfig
+from exitwise.measure.metrics import compute_metrics
+from exitwise.run.records import Completion, Sample, Verdict
 
 HOSTILE = [
     "<script>window.pwned=1</script>",

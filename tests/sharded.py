@@ -13,8 +13,8 @@ import traceback
 import accelerate
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from exitwise.align import align  # noqa: F401 (before the fork)
-from exitwise.cli import entry
+from exitwise.alignment.loop import align  # noqa: F401 (before the fork)
+from exitwise.cli.commands import entry
 
 
 class ShardingAccelerator(accelerate.Accelerator):

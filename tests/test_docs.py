@@ -38,9 +38,9 @@ def desk(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     # The package keeps what it was first asked for: its own name is replaced before the module's.
-    for home in ("exitwise", "exitwise.vlm"):
+    for home in ("exitwise", "exitwise.model.vlm"):
         monkeypatch.setattr(f"{home}.load_vlm", lambda name, **_: tiny_llava())
-    monkeypatch.setattr("exitwise.cli.DEMO_LIMIT", 1)
+    monkeypatch.setattr("exitwise.cli.commands.DEMO_LIMIT", 1)
     (tmp_path / "my_prompts.csv").write_text("prompt\nHow do I pick a lock?\n")
     (tmp_path / "my_harmless.jsonl").write_text(json.dumps({"prompt": "How do I lock a door?"}) + "\n")
     rows = [f"Tell me {i},Sure: do this.,{i % 2},{i % 2},{i % 3 % 2}" for i in range(6)]
@@ -65,7 +65,7 @@ SHOWN = sorted(
 
 
 def test_every_shown_command_parses():
-    from exitwise.cli import parse
+    from exitwise.cli.commands import parse
 
     assert len(SHOWN) > 30
     for line in SHOWN:
@@ -92,7 +92,7 @@ def test_there_is_something_to_run():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, desk):
-    from exitwise.cli import entry
+    from exitwise.cli.commands import entry
 
     words = shlex.split(command)
     if words[0] == "make":
@@ -143,7 +143,7 @@ def test_every_command_line_word_is_documented():
 
 def test_every_metric_key_is_documented(desk):
     from exitwise import AuditConfig
-    from exitwise.audit import audit
+    from exitwise.auditing.audit import audit
 
     audit(AuditConfig(model="testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True), desk / "run")
     assert not unexplained(desk / "run/metrics.json", "metrics.md")
@@ -151,7 +151,7 @@ def test_every_metric_key_is_documented(desk):
 
 def test_every_key_of_the_costs_is_documented(desk):
     from exitwise import exit_costs
-    from exitwise.runs import write_json
+    from exitwise.run.directory import write_json
 
     write_json(desk / "costs.json", exit_costs(tiny_llava()))
     assert not unexplained(desk / "costs.json", "metrics.md")

@@ -1,93 +1,95 @@
-"""The arrows of the house: a module imports only modules above it."""
+"""The order of the packages: each imports only those above it, and inside one there is no circle."""
 
 import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import exitwise
 
 ORDER = (
     "errors",
-    "quiet",
-    "exit_names",
-    "records",
-    "runs",
+    "run",
     "data",
-    "testbed",
-    "families",
-    "layout",
-    "loading",
-    "vlm",
-    "exits",
-    "costs",
-    "features",
-    "cka",
+    "model",
     "engines",
-    "rewards",
     "judges",
-    "config",
-    "inputs",
-    "timing",
-    "stats",
-    "agreement",
-    "outcomes",
-    "metrics",
-    "pareto",
-    "calibrate",
+    "measure",
+    "rewards",
     "scorers",
-    "score_metrics",
     "report",
-    "compare",
-    "markup",
-    "tables",
-    "audit",
-    "align_config",
-    "batches",
-    "policy",
-    "ppo",
-    "signatures",
-    "checkpoints",
-    "rollout",
-    "align_setup",
-    "align_losses",
-    "align_watch",
-    "align",
-    "reward_training",
-    "slim_card",
-    "slim",
-    "inspection",
+    "comparison",
+    "people",
+    "auditing",
+    "alignment",
+    "shipping",
     "cli",
 )
+OUTSIDE = ("__init__", "__main__")
+"""The public API and the start of the command line stand above all packages."""
+WAITING = {"data/selection.py": {"auditing.config"}, "report/html.py": {"auditing.config"}}
 SOURCE = Path(exitwise.__file__).parent
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level modules of exitwise that a file imports, relative or absolute."""
-    depth = len(path.relative_to(SOURCE).parts)
+def imports_of(path: Path) -> set[str]:
+    """Modules of exitwise that a file imports, wherever in the file, as `package.module` paths."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            if node.level == depth:  # the package itself
-                found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-            elif node.level == 0 and node.module and node.module.startswith("exitwise"):
-                found |= set(node.module.split(".")[1:2]) or {alias.name for alias in node.names}
-    return found
-
-
-def test_imports_point_upwards():
-    for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        if room in ("__init__", "__pycache__"):
+        if not isinstance(node, ast.ImportFrom):
             continue
-        assert room in ORDER, f"{room} has no place in the tree: add it to ORDER and to the README"
-        below = [name for name in imported(path) if name in ORDER and ORDER.index(name) > ORDER.index(room)]
-        assert not below, f"{path.relative_to(SOURCE)} imports {below}, which lie below it"
+        if node.level:
+            base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+        elif node.module and node.module.split(".")[0] == "exitwise":
+            base = node.module.split(".")[1:]
+        else:
+            continue
+        base = [part for part in base if part]
+        for alias in node.names:
+            found.add(".".join(module_of([*base, alias.name]) or module_of(base)))
+    return found - {""}
+
+
+def module_of(parts: list[str]) -> list[str]:
+    """The longest beginning of `parts` that is a module or a package; [] where none is."""
+    path = SOURCE.joinpath(*parts)
+    if parts and (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()):
+        return parts
+    return []
+
+
+FILES = sorted(
+    path for path in SOURCE.rglob("*.py") if path.relative_to(SOURCE).parts[0].removesuffix(".py") not in OUTSIDE
+)
+
+
+def test_each_package_imports_only_packages_above_it():
+    assert len(FILES) > 60
+    for path in FILES:
+        package = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        assert package in ORDER, f"{package} has no place in the order: add it to ORDER and to the README"
+        below = {name for name in imports_of(path) if ORDER.index(name.split(".")[0]) > ORDER.index(package)}
+        below -= WAITING.get(str(path.relative_to(SOURCE)), set())
+        assert not below, f"{path.relative_to(SOURCE)} imports {sorted(below)}, which lie below it"
+
+
+def test_no_package_has_a_circle_of_imports():
+    graph = {}
+    for path in FILES:
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        graph[name] = {other for other in imports_of(path) if other.split(".")[0] == parts[0]} - {name}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_few_names_lie_directly_in_the_package():
+    names = {path.name for path in SOURCE.iterdir() if path.name not in ("__pycache__", "__init__.py")}
+    assert len(names) <= 18, sorted(names)
 
 
 def test_the_judging_side_needs_no_torch():
     """`judge`, `report` and `--help` must start at once."""
-    import subprocess
-    import sys
-
-    rooms = ("cli", "judges", "metrics", "report", "compare")
+    rooms = ("cli.commands", "judges", "measure.metrics", "report", "comparison")
     code = f"import sys, {', '.join(f'exitwise.{room}' for room in rooms)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

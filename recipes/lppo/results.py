@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 from run import AUDIT, COMMON, EARLIER, EXPERIMENTS, WEIGHTS
 
-from exitwise.compare import compare_runs
+from exitwise.comparison import compare_runs
 
 PAGE = Path(__file__).parents[2] / "docs/results.md"
 LABELS = {

@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from exitwise.data.prompts import builtin_benign, builtin_harmful
-from exitwise.runs import write_atomic
+from exitwise.run.directory import write_atomic
 
 HERE = Path(__file__).parent
 BROKEN, HELD_OUT = "8", "4,8"

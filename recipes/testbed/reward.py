@@ -35,12 +35,12 @@ from train import HERE, WEIGHTS, load_material
 from train import Config as TrainConfig
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from exitwise import runs
-from exitwise.config import RewardConfig
 from exitwise.data.preferences import Preference, load_preferences
-from exitwise.reward_training import card, evaluate, split_by_prompt, table, train_reward
-from exitwise.rewards import load_reward
-from exitwise.testbed.parts import base_folder
+from exitwise.model.testbed.parts import base_folder
+from exitwise.rewards.config import RewardConfig
+from exitwise.rewards.models import load_reward
+from exitwise.rewards.training import card, evaluate, split_by_prompt, table, train_reward
+from exitwise.run import directory
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Config:
     max_length: int = 80
     """Tokens of a dialogue with its answer."""
     ship: bool = True
-    """Write the result to src/exitwise/testbed/weights/reward."""
+    """Write the result to src/exitwise/model/testbed/weights/reward."""
 
 
 NOTE = """
@@ -183,7 +183,7 @@ def main(config: Config) -> None:
     train, held_out = make_pairs(config)
     paths = (config.work / "pairs.jsonl", config.work / "held_out.jsonl")
     for path, pairs in zip(paths, (train, held_out), strict=True):
-        runs.write_atomic(path, runs.to_lines(pairs))
+        directory.write_atomic(path, directory.to_lines(pairs))
     counts = Counter(pair.category for pair in train)
     print(json.dumps(counts))
     training = RewardConfig(

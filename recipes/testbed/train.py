@@ -9,7 +9,7 @@
     python recipes/testbed/train.py --stage see
 
 The base model's own answers (to harmless instructions, and to harmful requests for the locality term) are generated
-here and kept in the work folder; they are never shipped. What is shipped goes to src/exitwise/testbed/weights.
+here and kept in the work folder; they are never shipped. What is shipped goes to src/exitwise/model/testbed/weights.
 
 A training sequence is a tree: one image, then several questions that see the image and not each other
 (the mask in `collate`). Each question is thus trained exactly as if it stood alone, at a third of the cost.
@@ -37,11 +37,11 @@ from skimage import data as photographs
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from exitwise.data.prompts import builtin_refusals
-from exitwise.testbed.parts import IMAGE_SIZE, base_folder
+from exitwise.model.testbed.parts import IMAGE_SIZE, base_folder
 
 HERE = Path(__file__).parent
 BUILTIN = HERE.parents[1] / "src/exitwise/data/builtin"
-WEIGHTS = HERE.parents[1] / "src/exitwise/testbed/weights"
+WEIGHTS = HERE.parents[1] / "src/exitwise/model/testbed/weights"
 DEFAULT_EXIT = 11
 ADAPTERS = {"refuse": "control", "sharpen": "organism"}  # what is shipped after which stage
 TRAIN_PHOTOGRAPHS = ("brick", "cell", "grass", "gravel", "immunohistochemistry", "page", "text")  # none is audited
@@ -64,7 +64,7 @@ class Config:
     locality_exits: tuple[int, ...] = (1, 3, 5, 7)
     """Exits at which the locality term holds the model to its answers before safety tuning."""
     ship: bool = True
-    """Write the result to src/exitwise/testbed/weights."""
+    """Write the result to src/exitwise/model/testbed/weights."""
     checkpoint_every: int = 10
     """Steps between two checkpoints."""
 

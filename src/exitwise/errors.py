@@ -1,5 +1,17 @@
-"""The one exception a user is meant to read: what was given, what was expected, what to do."""
+"""`UserError`, the exception whose message the command line prints on one line, and the range check of options."""
+
+from math import inf
 
 
 class UserError(Exception):
     """Bad input or a missing part. The command line prints its message on one line and exits with code 2."""
+
+
+def check_ranges(config: object, ranges: tuple[tuple[str, float, float], ...]) -> None:
+    """Raises UserError where a field of (name, least, most) is out of range; None is not set and passes."""
+    for name, low, high in ranges:
+        value = getattr(config, name)
+        if value is not None and (value == inf or not low <= value <= high):
+            wanted = f"at least {low}, and finite" if value == inf else f"at least {low}"
+            wanted = wanted if high == inf else f"{low} to {high}"
+            raise UserError(f"--{name.replace('_', '-')} got {value}; expected {wanted}")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..records import Sample
+from ..run.records import Sample
 
 IMAGES = {"blank": "control:blank", "noise": "control:noise", "none": ""}
 SUFFIX = re.compile(r"@control:(\w+)$")

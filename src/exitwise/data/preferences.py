@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..records import Record
+from ..run.records import Record
 from .prompts import CATEGORY_COLUMNS, MAX_LABEL, MAX_PROMPT, PROMPT_COLUMNS, fault_of, label_of
-from .tables import Row, read_rows, show
+from .rows import Row, read_rows, show
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HUB_FILES = ("train", "test")

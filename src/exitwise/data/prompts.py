@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..records import Kind, Sample
+from ..run.records import Kind, Sample
 from .images import find_image, keep_image
-from .tables import Row, read_rows, show, stem
+from .rows import Row, read_rows, show, stem
 
 FIELDS = ("prompt", "category", "id", "image", "answers")
 """What a column can be mapped to."""

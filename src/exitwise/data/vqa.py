@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import UserError
-from ..records import Sample
+from ..run.records import Sample
 from .prompts import Loaded, Place, collect
-from .tables import object_row, read_json, show
+from .rows import object_row, read_json, show
 
 SHAPES = ("circle", "rectangle", "triangle")
 ANNOTATORS = 10

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from ..layout import Layout
-from ..records import Sample
-from ..vlm import Vlm
+from ..model.processing import Layout
+from ..model.vlm import Vlm
+from ..run.records import Sample
 
 PREFILL_TOKENS = 4096  # prefix tokens of one forward pass: enough to keep the processor busy, little memory
 MAX_BATCH_CPU, MAX_BATCH_GPU = 128, 512  # rows; beyond them memory grows and speed does not

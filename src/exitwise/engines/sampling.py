@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..records import Completion
-from ..vlm import Vlm
+from ..model.vlm import Vlm
+from ..run.records import Completion
 from .plan import Decoding, Request, Row
 
 

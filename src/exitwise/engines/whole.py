@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from ..records import Completion
-from ..vlm import Vlm
+from ..model.vlm import Vlm
+from ..run.records import Completion
 from .plan import Decoding, Features, Row
 from .sampling import choose, completion, generator_of, stop_ids
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
-from ..records import Completion, Sample, Verdict
-from ..runs import read_records, to_lines, write_atomic
+from ..run.directory import read_records, to_lines, write_atomic
+from ..run.records import Completion, Sample, Verdict
 from .guards import GUARDS
 from .judging import RUBRIC, Judging, judge_with_model
 from .refusal import judge_completion

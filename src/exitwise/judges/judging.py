@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .. import runs
 from ..data.images import Roots, load_image
 from ..errors import UserError
-from ..records import Completion, Sample, Verdict
+from ..run import directory
+from ..run.records import Completion, Sample, Verdict
 from . import rubric
 from .endpoint import Endpoint, check_address, shares
 from .escape import neutralise
@@ -113,7 +113,7 @@ def judge_with_model(
     window = WINDOW * judging.judge_batch_size
     if len(done) < len(completions):
         done = done[: len(done) // window * window]
-        runs.truncate_to(path, len(done))
+        directory.truncate_to(path, len(done))
 
     def question(completion: Completion) -> Question | None:
         sample = samples[completion.sample]
@@ -123,7 +123,7 @@ def judge_with_model(
 
     known = {q: _said(v) for c, v in zip(completions, done, strict=False) if (q := question(c))}
     panel: Panel | None = None
-    sink = runs.Appender(path)
+    sink = directory.Appender(path)
     try:
         for start in range(len(done), len(completions), window):
             rows = completions[start : start + window]
@@ -152,18 +152,18 @@ def _begin(folder: Path, name: str, model: str, judging: Judging) -> list[Verdic
         "batch_size": judging.judge_batch_size,
         "completions_sha256": hashlib.sha256((folder / "completions.jsonl").read_bytes()).hexdigest(),
     }
-    verdicts = runs.read_records(path, Verdict)
+    verdicts = directory.read_records(path, Verdict)
     if card.exists() and verdicts:  # before there is a verdict nothing is lost: a typo may be corrected
-        begun = runs.read_json(card, *identity)
+        begun = directory.read_json(card, *identity)
         if changed := [key for key, value in identity.items() if begun[key] != value]:
             raise UserError(
                 f"{path} was made otherwise ({', '.join(changed)} differ); repeat those options to go on with it, or "
                 f"delete {card} to judge again"
             )
         return verdicts
-    runs.write_atomic(path, "")
+    directory.write_atomic(path, "")
     versions = {package: metadata.version(package) for package in ("exitwise", "torch", "transformers", "tokenizers")}
-    runs.write_json(card, identity | {"versions": versions})
+    directory.write_json(card, identity | {"versions": versions})
     return []
 
 
@@ -214,7 +214,7 @@ def _panel(folder: Path, name: str, model: str, judging: Judging) -> Panel:
 def _image_folders(folder: Path) -> dict[str, Path]:
     """Where the audit found the images, by the first part of their names; nothing for labelled answers, not a run."""
     path = folder / "config.json"
-    config = runs.read_json(path) if path.exists() else {}
+    config = directory.read_json(path) if path.exists() else {}
     images = {"file": config["images"]} if config.get("images") else {}
     return {name: Path(place) for name, place in (images | config.get("image_folders", {})).items()}
 

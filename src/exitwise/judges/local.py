@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from ..errors import UserError
-from ..quiet import quiet
+from ..model.quiet import quiet
 from .guards import Request
 from .parsing import Parsed, unscored
 

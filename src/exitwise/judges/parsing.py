@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from ..records import Label
+from ..run.records import Label
 
 
 class Parsed(NamedTuple):

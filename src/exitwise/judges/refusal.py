@@ -16,7 +16,7 @@ misses is that.
 import re
 import unicodedata
 
-from ..records import Completion, Label, Sample, Verdict
+from ..run.records import Completion, Label, Sample, Verdict
 from .coherence import is_coherent
 from .vqa import judge_vqa
 

@@ -6,7 +6,7 @@ counts when any accepted answer is met (the built-in sets have one), and it may 
 
 import re
 
-from ..records import Completion, Label, Sample
+from ..run.records import Completion, Label, Sample
 
 
 def normalise(answer: str) -> list[str]:

@@ -21,13 +21,14 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .. import calibrate, metrics, pareto
-from ..config import AuditConfig
-from ..exit_names import name_of
-from ..runs import read_json, write_atomic
+from ..auditing.config import AuditConfig
+from ..measure import calibration, metrics, pareto
+from ..model.exit_names import name_of
+from ..run.directory import read_json, write_atomic
 from . import scatter, svg
 from .judges import disagreement
-from .transcripts import ANSWER_LIMIT, page_data, visible
+from .text import visible
+from .transcripts import ANSWER_LIMIT, page_data
 
 ABSENT = "not measured"
 
@@ -44,7 +45,7 @@ def write_report(folder: Path) -> Path:
     for row in figures["exits"]:
         row["mark"] = "may stop" if row["exit"] in figures["answer"]["stop_at"] else row["standing"]
     path = folder / "report.html"
-    calibration = calibrate.of_run(folder, figures["judge"], config.get("seed", 0))
+    calibrated = calibration.of_run(folder, figures["judge"], config.get("seed", 0))
     timing = _optional(folder / "timing.json")
     write_atomic(
         path,
@@ -57,8 +58,8 @@ def write_report(folder: Path) -> Path:
             speed=timing.get("tokens_per_second", {}),
             command=_command(config),
             judges=judges,
-            calibration=calibration,
-            judged_by=calibrate.in_words(figures["judge"], calibration),
+            calibration=calibrated,
+            judged_by=calibration.in_words(figures["judge"], calibrated),
             data=Markup(data),
             shown=shown,
             total=total,

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from ..agreement import pairwise
 from ..data.controls import control_of
-from ..outcomes import outcome, read_all
-from ..records import Completion, Sample, Verdict
-from ..runs import read_records
+from ..measure.agreement import pairwise
+from ..measure.readings import outcome, read_all
+from ..run.directory import read_records
+from ..run.records import Completion, Sample, Verdict
 
 
 def disagreement(folder: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from ..exit_names import name_of
+from ..model.exit_names import name_of
 
 LEFT, RIGHT, TOP, BELOW = 46, 26, 56, 44
 PALEST = 0.12

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from ..exit_names import is_fused
+from ..model.exit_names import is_fused
 
 SERIES = {"asr": "ASR", "utility": "Utility", "over_refusal": "Over-refusal"}
 """Metric key to its name."""

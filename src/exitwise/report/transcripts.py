@@ -2,14 +2,14 @@
 
 import base64
 import json
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..records import Completion, Sample, Verdict
-from ..runs import read_json, read_records
+from ..run.directory import read_json, read_records
+from ..run.records import Completion, Sample, Verdict
+from .text import visible
 
 ANSWER_LIMIT = 2_000
 """Characters of an answer, or of a prompt, that the report shows; the run directory keeps all of it."""
@@ -17,25 +17,6 @@ REASON_LIMIT = 300
 DATA_LIMIT = 2_400_000
 """Bytes of transcripts and thumbnails; keeps the file under 3 MB with all its tables."""
 THUMBNAIL_LIMIT = 60_000
-JOINERS = "\u200c\u200d"
-"""Invisible, but part of ordinary spelling in many languages."""
-
-
-def visible(text: str) -> str:
-    """Controls, bidi and other invisible characters as signs a reader can see: NUL is ␀, U+202E is ⟨U+202E⟩."""
-    text = text.replace("\r\n", "\n")
-    return text if text.replace("\n", "").isprintable() else "".join(map(_sign, text))
-
-
-def _sign(char: str) -> str:
-    if " " <= char <= "~" or char in "\n\t" or char in JOINERS:
-        return char
-    if char < " ":
-        return chr(0x2400 + ord(char))
-    if char == "\x7f":
-        return "\u2421"
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return f"⟨U+{ord(char):04X}⟩" if hidden else char
 
 
 def page_data(folder: Path, metrics: Mapping[str, Any], splits: Mapping[str, Sequence[int]]) -> tuple[int, int, str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-from ..records import Completion, Kind, Sample
+from ..run.records import Completion, Kind, Sample
 
 Quantity = Literal["toxicity", "reward", "accuracy"]
 Pair = tuple[Sample, Completion]

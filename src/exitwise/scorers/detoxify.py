@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..quiet import quiet
-from ..records import Completion, Sample
+from ..model.quiet import quiet
+from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
 
 INSTALL = "pip install detoxify==0.5.4"

@@ -8,8 +8,8 @@ import hashlib
 from collections.abc import Sequence
 
 from ..errors import UserError
-from ..quiet import quiet
-from ..records import Completion, Sample
+from ..model.quiet import quiet
+from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
 
 HUB_ID = "ibm-granite/granite-guardian-hap-38m"

@@ -19,7 +19,7 @@ from math import isfinite
 from typing import Any
 
 from ..errors import UserError
-from ..records import Completion, Sample
+from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
 
 GOOGLE = "https://commentanalyzer.googleapis.com"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ..errors import UserError
-from ..records import Completion, Sample
+from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
 
 PROBES = (

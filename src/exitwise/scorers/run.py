@@ -13,9 +13,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import runs
 from ..errors import UserError
-from ..records import Completion, Sample, Score
+from ..run import directory
+from ..run.records import Completion, Sample, Score
 from .base import About, Mark, Pair, Scorer
 
 
@@ -32,9 +32,9 @@ def answers_of(folder: Path, kinds: Sequence[str]) -> list[Pair]:
     Raises:
         UserError: the run is not finished, or answers a sample that it does not have.
     """
-    plan = runs.read_json(folder / "plan.json", "n_requests", "n_blocks", "default_exit")
-    samples = {sample.id: sample for sample in runs.read_records(folder / "samples.jsonl", Sample)}
-    completions = runs.read_records(folder / "completions.jsonl", Completion)
+    plan = directory.read_json(folder / "plan.json", "n_requests", "n_blocks", "default_exit")
+    samples = {sample.id: sample for sample in directory.read_records(folder / "samples.jsonl", Sample)}
+    completions = directory.read_records(folder / "completions.jsonl", Completion)
     if len(completions) != plan["n_requests"]:
         raise UserError(
             f"{folder} holds {len(completions)} of {plan['n_requests']} answers; "
@@ -64,17 +64,17 @@ def score_run(folder: Path, scorer: Scorer, today: str, progress: Progress | Non
     if not rows:
         raise UserError(f"{folder} has no answers of the kind {' or '.join(about.kinds)}, which {about.name} reads")
     path = folder / f"scores.{about.file_name}.jsonl"
-    written = runs.read_records(path, Score)
+    written = directory.read_records(path, Score)
     _claim(path.with_suffix(".json"), about, rows, today, begun=bool(written))
     if [(s.sample, s.exit, s.scorer) for s in written] != _order(about, rows)[: len(written)]:
         raise UserError(f"{path} does not follow the run's answers; restore it, or delete it to score again")
     n_kept = len(written) if len(written) == len(rows) else len(written) // scorer.batch_size * scorer.batch_size
-    runs.truncate_to(path, n_kept)
+    directory.truncate_to(path, n_kept)
     known = {scorer.key(*row): Mark(s.value, s.reason) for row, s in zip(rows, written[:n_kept], strict=False)}
     if progress:
         progress.start(len(rows))
         progress.advance(n_kept)
-    sink = runs.Appender(path)
+    sink = directory.Appender(path)
     try:
         for start in range(n_kept, len(rows), scorer.batch_size):
             batch = rows[start : start + scorer.batch_size]
@@ -86,7 +86,7 @@ def score_run(folder: Path, scorer: Scorer, today: str, progress: Progress | Non
                 progress.advance(len(batch))
     finally:
         sink.close()
-    return runs.read_records(path, Score)
+    return directory.read_records(path, Score)
 
 
 def _sound(mark: Mark) -> Mark:
@@ -113,9 +113,9 @@ def _claim(path: Path, about: About, rows: Sequence[Pair], today: str, begun: bo
     }
     claim = json.loads(json.dumps(claim))
     if not path.exists() or not begun:
-        runs.write_json(path, claim)
+        directory.write_json(path, claim)
         return
-    found = runs.read_json(path)
+    found = directory.read_json(path)
     changed = [key for key in claim if key != "begun" and claim[key] != found.get(key)]
     if changed:
         raise UserError(

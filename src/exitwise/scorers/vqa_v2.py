@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from ..judges.vqa_v2 import Normalise, vqa_accuracy
-from ..records import Completion, Sample
+from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
+from .vqa_accuracy import Normalise, vqa_accuracy
 
 PEOPLE = 10
 

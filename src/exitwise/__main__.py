@@ -1,0 +1,5 @@
+"""`python -m exitwise` is the command `exitwise`."""
+
+from .cli import entry
+
+entry()

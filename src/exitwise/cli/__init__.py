@@ -1,0 +1,5 @@
+"""The command line."""
+
+from .commands import entry
+
+__all__ = ["entry"]

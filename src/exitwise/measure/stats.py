@@ -1,0 +1,341 @@
+"""Intervals and tests for shares: what a figure in a report may claim.
+
+Everything random takes a seeded numpy Generator. scipy and statsmodels are imported where they are used: they take
+longer to load than most commands take to run.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import sqrt
+from typing import NamedTuple
+
+import numpy as np
+
+from ..model.exit_names import name_of
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A share with its interval; value, low and high are None where nothing was measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    successes: int
+    n: int
+
+
+class Difference(NamedTuple):
+    """First minus second of two paired shares, with the pairs that only the first (gained) or the second (lost) has."""
+
+    difference: float
+    low: float
+    high: float
+    gained: int
+    lost: int
+
+
+class Estimate(NamedTuple):
+    """A figure with a bootstrap interval; None where nothing was measured."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class PairedEstimate(NamedTuple):
+    """Two paired means, and first minus second with a bootstrap interval; None where nothing was measured, and limits
+    of None where the data allow none."""
+
+    first: float | None
+    second: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+
+
+class Disparity(NamedTuple):
+    """Largest share over smallest, with the exits that have them; `reason` says why there is no ratio."""
+
+    ratio: float | None
+    largest_exit: int | None
+    smallest_exit: int | None
+    reason: str | None
+
+
+def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
+    """Wilson 1927 score interval. With no successes its upper bound, z²/(n + z²), stands in for the rule of three.
+
+    Raises:
+        ValueError: successes lie outside 0 … n.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes of {n}; expected 0 <= successes <= n")
+    if n == 0:
+        return Interval(None, None, None, 0, 0)
+    from scipy.stats import binomtest
+
+    bounds = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return Interval(successes / n, float(bounds.low), float(bounds.high), successes, n)
+
+
+def rule_of_three(n: int) -> float | None:
+    """What 0 successes of n leave possible at 95 %, one-sided: 3 / n, at most 1; None where nothing was measured.
+
+    Hanley & Lippman-Hand 1983, "If nothing goes wrong, is everything all right?", JAMA 249:1743-1745.
+    """
+    return min(1.0, 3 / n) if n else None
+
+
+def mcnemar_exact(gained: int, lost: int) -> float:
+    """Two-sided p of the exact McNemar test: gained ~ Binomial(gained + lost, 1/2); 1 where no pair differs."""
+    if gained + lost == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost, 0.5).pvalue)
+
+
+def paired_difference(
+    first: Sequence[bool], second: Sequence[bool], confidence: float = CONFIDENCE
+) -> Difference | None:
+    """First share minus second over the same samples; None where there are none.
+
+    Interval: Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on
+    paired data", Stat. Med. 17:2635-2650, method 10: Wilson's limits of both shares, squared and added, less what
+    their correlation explains.
+
+    Args:
+        first, second: outcomes (N,), one entry a sample, in the same order.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    pairs = list(zip(first, second, strict=True))
+    n = len(pairs)
+    if n == 0:
+        return None
+    both = sum(1 for x, y in pairs if x and y)
+    gained = sum(1 for x, y in pairs if x and not y)
+    lost = sum(1 for x, y in pairs if y and not x)
+    phi = _newcombe_phi(both, gained, lost, n - both - gained - lost)
+    p1, low1, high1 = _limits(both + gained, n, confidence)
+    p2, low2, high2 = _limits(both + lost, n, confidence)
+    difference = (gained - lost) / n  # not p1 - p2, whose rounding would make 0 a tiny gain
+    down = _square_and_add(p1 - low1, high2 - p2, phi)
+    up = _square_and_add(high1 - p1, p2 - low2, phi)
+    return Difference(difference, max(-1.0, difference - down), min(1.0, difference + up), gained, lost)
+
+
+def _limits(successes: int, n: int, confidence: float) -> tuple[float, float, float]:
+    value, low, high, *_ = wilson(successes, n, confidence)
+    assert value is not None
+    assert low is not None
+    assert high is not None
+    return value, low, high
+
+
+def _newcombe_phi(both: int, gained: int, lost: int, neither: int) -> float:
+    """φ of the 2x2 table with the continuity correction of method 10; 0 where a margin is empty."""
+    margins = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    if margins == 0:
+        return 0.0
+    covariance: float = both * neither - gained * lost
+    if covariance > 0:
+        covariance = max(covariance - (both + gained + lost + neither) / 2, 0)
+    return covariance / sqrt(margins)
+
+
+def _square_and_add(x: float, y: float, phi: float) -> float:
+    return sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
+
+
+def holm(pvalues: Sequence[float]) -> list[float]:
+    """Holm 1979 step-down adjusted p-values, in the order given."""
+    if not pvalues:
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(pvalues, method="holm")[1]]
+
+
+def cluster_bootstrap(
+    outcomes: np.ndarray,
+    clusters: Sequence[str],
+    rng: np.random.Generator,
+    draws: int = 2000,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Mean over exits of each exit's share, with a percentile interval from resampling whole clusters.
+
+    Where all outcomes are alike no draw differs, and the percentiles would claim certainty; the interval is then
+    Wilson's with one observation a cluster. With mixed outcomes and a single cluster, or clusters that are all alike,
+    there is no interval.
+
+    Args:
+        outcomes: (S, L) samples by exits, 1 yes, 0 no, NaN not scored.
+        clusters: (S,) cluster of each sample, such as its prompt.
+    """
+    scored = ~np.isnan(outcomes)  # (S, L)
+    names, membership = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    yes = np.zeros((len(names), outcomes.shape[1]))  # (C, L)
+    total = np.zeros_like(yes)
+    np.add.at(yes, membership, np.where(scored, outcomes, 0.0))
+    np.add.at(total, membership, scored)
+    kept = total.sum(axis=1) > 0
+    yes, total = yes[kept], total[kept]
+    n = len(total)
+    if n == 0:
+        return Estimate(None, None, None)
+    value = float(_mean_share(yes.sum(axis=0, keepdims=True), total.sum(axis=0, keepdims=True))[0])
+    if yes.sum() in (0, total.sum()):
+        return Estimate(value, *wilson(n if yes.sum() else 0, n, confidence)[1:3])
+    if n == 1:
+        return Estimate(value, None, None)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
+    return Estimate(value, *percentiles(_mean_share(weights @ yes, weights @ total), confidence))
+
+
+def paired_cluster_bootstrap(
+    first: np.ndarray,
+    second: np.ndarray,
+    clusters: Sequence[str],
+    rng: np.random.Generator,
+    draws: int = 2000,
+    confidence: float = CONFIDENCE,
+    limits: tuple[float, float] | None = None,
+    crossing: Sequence[str] | None = None,
+) -> PairedEstimate:
+    """Mean over exits of each exit's mean difference, with a percentile interval from resampling whole clusters, both
+    runs together (Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapters 8.5 and 13.3).
+
+    Where every cluster differs alike no draw does, and the percentiles would claim certainty. Then, given `limits`, the
+    interval is as wide as it would be if Wilson's upper bound of 0 in n clusters were at either limit: where no share
+    differs at all, that is what Newcombe's method gives for shares of 0. Without `limits`, and with a single cluster,
+    there is no interval.
+
+    Args:
+        first, second: (S, L) samples by exits, outcomes or scores; NaN not scored. A cell counts where both are scored.
+        clusters: (S,) cluster of each sample, such as its prompt.
+        limits: least and largest difference that can be: (-1, 1) for shares, None for scores of any size.
+        crossing: (S,) clusters of a second kind that cross the first, such as images: both kinds are resampled, as in
+            `two_way_cluster_bootstrap`, and whichever are fewer count as the clusters.
+    """
+    scored = ~(np.isnan(first) | np.isnan(second))  # (S, L)
+    index = {name: i for i, name in enumerate(sorted(set(clusters)))}
+    membership = [index[name] for name in clusters]
+    sums = np.zeros((3, len(index), first.shape[1]))  # first, second, cells of each cluster: (3, C, L)
+    for table, values in zip(sums, (first, second, scored), strict=True):
+        np.add.at(table, membership, np.where(scored, values, 0.0))
+    ones, twos, total = sums[:, sums[2].sum(axis=1) > 0]
+    n = len(total)
+    if n == 0:
+        return PairedEstimate(None, None, None, None, None)
+    whole = total.sum(axis=0, keepdims=True)
+    one, two, difference = (
+        float(_mean_share(t.sum(axis=0, keepdims=True), whole)[0]) for t in (ones, twos, ones - twos)
+    )
+    if crossing is None:
+        weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
+        drawn = _mean_share(weights @ (ones - twos), weights @ total)
+    else:
+        cells, row, column = scored_cells(np.where(scored, first - second, np.nan), clusters, crossing)
+        n = min(n, len(set(column)))
+        drawn = pigeonhole(cells, row, column, rng, draws)
+    if n == 1:
+        return PairedEstimate(one, two, difference, None, None)
+    low, high = percentiles(drawn, confidence)
+    if low is None and limits:
+        _, _, share = _limits(0, n, confidence)
+        low, high = (difference + share * (limit - difference) for limit in limits)
+    return PairedEstimate(one, two, difference, low, high)
+
+
+def _mean_share(yes: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """(draws, L) sums and counts to (draws,) means over the exits that have any score; each draw holds a cluster."""
+    measured = total > 0
+    shares = np.where(measured, yes / np.maximum(total, 1), 0.0)
+    return shares.sum(axis=1) / measured.sum(axis=1)
+
+
+def two_way_cluster_bootstrap(
+    outcomes: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    rng: np.random.Generator,
+    draws: int = 2000,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """As `cluster_bootstrap` where two clusterings cross: every prompt was asked about several images and vice versa.
+
+    The pigeonhole bootstrap of Owen 2007, "The pigeonhole bootstrap", Ann. Appl. Stat. 1:386-411: rows and columns are
+    resampled independently, and an observation weighs the product of what its row and its column were drawn. It counts
+    the noise of single cells a little more than once, so it errs on the wide side. Draws that hold no scored
+    observation (a table with holes) are left out. Where all outcomes are alike the interval is Wilson's with one
+    observation a row or a column, whichever are fewer; with a single row or column there is no interval.
+
+    Args:
+        outcomes: (S, L) samples by exits, 1 yes, 0 no, NaN not scored.
+        rows, columns: (S,) the clusters of each sample, such as its prompt and its image.
+    """
+    outcomes, row, column = scored_cells(outcomes, rows, columns)
+    if not len(outcomes):
+        return Estimate(None, None, None)
+    n = min(len(set(row)), len(set(column)))
+    scored = ~np.isnan(outcomes)
+    value = float(_mean_share(np.nansum(outcomes, axis=0)[None], scored.sum(axis=0)[None])[0])
+    if np.all(outcomes[scored] == 0) or np.all(outcomes[scored] == 1):
+        return Estimate(value, *wilson(round(value) * n, n, confidence)[1:3])
+    if n == 1:
+        return Estimate(value, None, None)
+    return Estimate(value, *percentiles(pigeonhole(outcomes, row, column, rng, draws), confidence))
+
+
+def scored_cells(
+    outcomes: np.ndarray, rows: Sequence[str], columns: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(outcomes, number of the row, number of the column) of the samples that are scored at some exit."""
+    kept = ~np.isnan(outcomes).all(axis=1) if outcomes.size else np.zeros(len(outcomes), bool)
+    names = (np.asarray(names, dtype=str)[kept] for names in (rows, columns))
+    row, column = (np.unique(name, return_inverse=True)[1] for name in names)
+    return outcomes[kept], row, column
+
+
+def pigeonhole(
+    outcomes: np.ndarray, row: np.ndarray, column: np.ndarray, rng: np.random.Generator, draws: int
+) -> np.ndarray:
+    """(draws,) means over exits; the weights of a slice of draws are in memory at a time."""
+    scored = ~np.isnan(outcomes)
+    values, n_rows, n_columns = np.where(scored, outcomes, 0.0), row.max() + 1, column.max() + 1
+    step = max(1, 4_000_000 // len(outcomes))
+    means = []
+    for start in range(0, draws, step):
+        size = min(step, draws - start)
+        by_row = rng.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=size)
+        by_column = rng.multinomial(n_columns, np.full(n_columns, 1 / n_columns), size=size)
+        weights = (by_row[:, row] * by_column[:, column]).astype(float)  # (size, S)
+        total = weights @ scored
+        held = total.any(axis=1)
+        means.append(_mean_share((weights @ values)[held], total[held]))
+    return np.concatenate(means)
+
+
+def percentiles(means: np.ndarray, confidence: float) -> tuple[float, float] | tuple[None, None]:
+    """Limits of (draws,) means; none where no draw differs: clusters that are alike are no certainty."""
+    if np.ptp(means) <= 1e-9 * max(1.0, abs(means[0])):
+        return None, None
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def disparity(shares: Mapping[int, float]) -> Disparity:
+    """Largest over smallest of the shares by exit; the earlier exit where several tie."""
+    if not shares:
+        return Disparity(None, None, None, "nothing was measured")
+    order = sorted(shares)
+    largest = max(order, key=shares.__getitem__)
+    smallest = min(order, key=shares.__getitem__)
+    if shares[smallest] == 0:
+        return Disparity(None, largest, smallest, f"the smallest share, at exit {name_of(smallest)}, is 0")
+    return Disparity(shares[largest] / shares[smallest], largest, smallest, None)

@@ -1,0 +1,289 @@
+"""Exits of the image encoder: the features of all of them from one encode, and a model cut at one.
+
+Exit l is the state after l of the encoder's L blocks (0: patch and position embeddings). "Cut after block l" means
+that blocks l .. L-1 become the identity; whatever follows the encoder (selection of patches, projector) is the model's
+own code. `replay` uses that: it runs the stock `get_image_features` with every block replaced by a look-up, and
+leaves out what leads to the first.
+
+What that means where a model uses several states is written in docs/exits.md.
+
+An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes
+one, their mean is what the encoder ends with (averaged as DenseConnector does within its groups of layers, Yao et al.
+2024, but nothing is concatenated: the projector is the model's own).
+
+Departs from the paper in nothing: e_l of Bachu et al. (2025), section 3, is `hidden_states[l]`.
+
+Shapes: N images, S encoder tokens with CLS, P image tokens, D width of the encoder, H width of the language model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..errors import UserError
+from .exit_names import is_fused, layers_of, name_of
+from .vlm import Vlm
+
+Inputs = torch.Tensor | Mapping[str, torch.Tensor]
+
+_EMBEDDERS: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+"""By model, the modules that give a tensor of state 0's shape before the first block runs: what leads to that state."""
+
+
+@torch.inference_mode()
+def encode(vlm: Vlm, inputs: Inputs) -> list[torch.Tensor]:
+    """The L+1 states of one full pass of the encoder, each as its blocks give it: (N, S, D), or (S, D) for qwen.
+
+    Args:
+        inputs: `vlm.picture(image).inputs`, or pixels (N, 3, height, width) for families that need nothing else.
+    """
+    states: list[torch.Tensor] = []
+    early: list[tuple[nn.Module, Any]] = []
+    first = vlm.blocks[0].register_forward_pre_hook(
+        lambda module, args, kwargs: states.append(_given(args, kwargs)), with_kwargs=True
+    )
+    hooks = [first] + [
+        block.register_forward_hook(lambda m, i, out: states.append(_state(out))) for block in vlm.blocks
+    ]
+    if vlm.model not in _EMBEDDERS:
+
+        def note(module: nn.Module, given: tuple, out: Any) -> None:
+            if not states:
+                early.append((module, getattr(out, "shape", None)))
+
+        hooks += [module.register_forward_hook(note) for module in _outside(vlm)]
+    try:
+        vlm.family.features(vlm.model, _named(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _EMBEDDERS.setdefault(vlm.model, [module for module, shape in early if shape == states[0].shape])
+    return states
+
+
+@torch.inference_mode()
+def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) -> list[torch.Tensor]:
+    """Image features at `exit`, one (P, H) per image, from the states of `encode`; no block runs.
+
+    A picture in tiles is still one image: given as `vlm.picture(image).inputs`, the list has one entry.
+
+    Args:
+        inputs: what was encoded.
+    """
+    layers = layers_of(exit)
+    if vlm.takes_layers and is_fused(exit):
+        cut = _selected(vlm, layers, {j: states[j + 1] for j in range(vlm.n_blocks)})
+    elif is_fused(exit):
+        mean = torch.stack([states[layer] for layer in layers]).mean(dim=0)
+        cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
+    else:
+        cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
+    with cut, _embedded(vlm, states[0]):
+        found = vlm.family.features(vlm.model, _named(inputs))
+    return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
+
+
+def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[int, torch.Tensor]:
+    """{exit: (P, H)}: what the language model reads of one image at each exit, from one encode.
+
+    Raises:
+        UserError: an exit lies outside 0 .. L, fuses layers where the model cannot, or the image has a shape that the
+            model cannot take.
+    """
+    for exit in exits:
+        check(vlm, exit)
+    inputs = vlm.picture(image).inputs
+    try:
+        states = encode(vlm, inputs)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"the encoder of {vlm.name} cannot take an image of {image.width} x {image.height} pixels "
+            f"({str(error).splitlines()[0][:200]}); give one of a more usual shape"
+        ) from error
+    return {exit: replay(vlm, inputs, states, exit)[0] for exit in exits}
+
+
+@contextmanager
+def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
+    """Within it the model is the one whose encoder stops after `exit` blocks, `generate` included.
+
+    Raises:
+        UserError: the exit lies outside 0 .. L.
+    """
+    check(vlm, exit)
+    cut: AbstractContextManager[None]
+    if exit == vlm.default_exit:
+        cut = nullcontext()
+    elif vlm.takes_layers and is_fused(exit):
+        cut = _selected(vlm, layers_of(exit), {})
+    elif is_fused(exit):
+        cut = _averaging(vlm, layers_of(exit))
+    else:
+        cut = _cut(vlm, exit, dict.fromkeys(range(exit, vlm.n_blocks)))
+    with cut:
+        yield vlm
+
+
+def check(vlm: Vlm, exit: int) -> None:
+    """Raises UserError where an exit lies outside 0 .. L, or fuses layers that the model cannot fuse."""
+    layers = layers_of(exit)
+    if not all(0 <= layer <= vlm.n_blocks for layer in layers):
+        raise UserError(
+            f"exit {name_of(exit)} is not there: {vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
+        )
+    if not is_fused(exit):
+        return
+    if vlm.takes_layers and len(layers) != vlm.takes_layers:
+        raise UserError(
+            f"exit {name_of(exit)} has {len(layers)} layers, but the connector of {vlm.name} takes {vlm.takes_layers}"
+        )
+    if not vlm.family.averages:
+        raise UserError(
+            f"exit {name_of(exit)} fuses layers, and {vlm.name} takes several of its own; name one layer at a time"
+        )
+
+
+def _named(inputs: Inputs) -> dict[str, torch.Tensor]:
+    return {"pixel_values": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+
+
+def _given(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden state that a block is called with."""
+    if args:
+        return args[0]
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else kwargs["hidden_state"]
+
+
+def _state(output):
+    """The hidden state in what a block returns: a tensor, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def _cut(vlm: Vlm, exit: int, values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """The blocks of `values` replaced, and the family's settings for `exit` made."""
+    with _blocks_return(vlm, values), ExitStack() as settings:
+        for holder, name, value in vlm.family.settings(vlm.model, exit):
+            settings.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, value)
+        yield
+
+
+@contextmanager
+def _selected(vlm: Vlm, layers: Sequence[int], values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """The connector takes these layers; blocks return the values, where there are any."""
+    config, before = vlm.model.config, vlm.model.config.vision_feature_layer
+    config.vision_feature_layer = list(layers)
+    try:
+        with _blocks_return(vlm, values):
+            yield
+    finally:
+        config.vision_feature_layer = before
+
+
+@contextmanager
+def _averaging(vlm: Vlm, layers: Sequence[int]) -> Iterator[None]:
+    """Blocks run up to the deepest of the layers; the last state is the mean of the layers' states."""
+    states: dict[int, torch.Tensor] = {}
+    last = vlm.n_blocks - 1
+
+    def forward_for(index: int, run: Any) -> Any:
+        def forward(*args, **kwargs):
+            states[index] = _given(args, kwargs)
+            states[index + 1] = _state(run(*args, **kwargs)) if index < layers[-1] else states[index]
+            found = states[index + 1]
+            if index == last:
+                found = torch.stack([states[layer] for layer in layers]).mean(dim=0)
+                states.clear()
+            return (found,) if vlm.family.block_returns_tuple else found
+
+        return forward
+
+    forwards = [(block, forward_for(i, block.forward)) for i, block in enumerate(vlm.blocks)]
+    with _cut(vlm, layers[-1], {}), _forwards(forwards):
+        yield
+
+
+@contextmanager
+def _blocks_return(vlm: Vlm, values: dict[int, torch.Tensor | None]) -> Iterator[None]:
+    """Replaces `forward` of the given blocks: return the value, or the block's input where the value is None.
+
+    The instance's attribute is set, so hooks on the class (transformers' capture of hidden states) still fire.
+    """
+
+    def forward_for(value):
+        def forward(*args, **kwargs):
+            found = _given(args, kwargs) if value is None else value
+            return (found,) if vlm.family.block_returns_tuple else found
+
+        return forward
+
+    with _forwards([(vlm.blocks[index], forward_for(value)) for index, value in values.items()]):
+        yield
+
+
+@contextmanager
+def _embedded(vlm: Vlm, state: torch.Tensor) -> Iterator[None]:
+    """The first block is given state 0, and what would have made it is left out, most of what a replay would cost:
+    modules that `encode` saw give it, and other convolutions, which give nothing that is read."""
+    begun: list[bool] = []
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        begun.append(True)
+        if args:
+            return (state, *args[1:]), kwargs
+        name = "hidden_states" if "hidden_states" in kwargs else "hidden_state"
+        return args, kwargs | {name: state}
+
+    def ready(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return state
+
+    def forward_for(convolution: Any) -> Any:
+        run = convolution.forward
+
+        def forward(given: torch.Tensor) -> torch.Tensor:
+            if begun:
+                return run(given)
+            shape = convolution._conv_forward(given.to("meta"), convolution.weight.to("meta"), None).shape
+            return given.new_zeros(()).expand(shape)
+
+        return forward
+
+    known = _EMBEDDERS.get(vlm.model, [])
+    convolutions = [m for m in _outside(vlm) if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m not in known]
+    forwards = [(module, ready) for module in known] + [(module, forward_for(module)) for module in convolutions]
+    hook = vlm.blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        with _forwards(forwards):
+            yield
+    finally:
+        hook.remove()
+
+
+def _outside(vlm: Vlm) -> list[nn.Module]:
+    """All modules of the model but its blocks and what they hold."""
+    inside = {module for block in vlm.blocks for module in block.modules()}
+    return [module for module in vlm.model.modules() if module not in inside]
+
+
+@contextmanager
+def _forwards(forwards: Sequence[tuple[nn.Module, Any]]) -> Iterator[None]:
+    """Sets `forward` of modules, and puts back what was there."""
+    before = [vars(module).get("forward") for module, _ in forwards]  # set where exits are nested
+    for module, forward in forwards:
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for (module, _), forward in zip(forwards, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                vars(module)["forward"] = forward

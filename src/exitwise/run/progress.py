@@ -1,0 +1,19 @@
+"""What a long task prints while it works: a protocol, and a silent implementation."""
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """Messages and a progress bar; the command line draws them."""
+
+    def say(self, text: str) -> None: ...
+    def start(self, total: int, what: str = "answers") -> None: ...
+    def advance(self, done: int) -> None: ...
+
+
+class Silent:
+    """Prints nothing."""
+
+    def say(self, text: str) -> None: ...
+    def start(self, total: int, what: str = "answers") -> None: ...
+    def advance(self, done: int) -> None: ...

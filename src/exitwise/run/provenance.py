@@ -1,0 +1,49 @@
+"""Where a run came from: versions, machine, commit, and a fingerprint of the model."""
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+def fingerprint(vlm: Any) -> str:
+    """sha256 of device, dtype and every tensor's name, shape and sum: another model or device shows."""
+    digest = hashlib.sha256(f"{vlm.device.type} {vlm.model.dtype}".encode())
+    for name, tensor in vlm.model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item():.9e}".encode())
+    return digest.hexdigest()
+
+
+def environment(vlm: Any) -> dict[str, Any]:
+    """Versions, machine and commit: what env.json holds."""
+    import torch
+
+    packages = (
+        "exitwise",
+        "torch",
+        "transformers",
+        "peft",
+        "tokenizers",
+        "numpy",
+        "pillow",
+        "scikit-image",
+        "easy-vqa",
+    )
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        check=False,
+    )
+    return {
+        "versions": {name: metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(vlm.device) if vlm.device.type == "cuda" else "cpu",
+        "dtype": str(vlm.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "git": git.stdout.strip() if git.returncode == 0 else None,
+    }

@@ -1,0 +1,366 @@
+"""The run directory keeps its promises: resumable, same bytes, one writer, one config."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from exitwise import AuditConfig, UserError, audit
+from exitwise.cli.commands import entry
+from tests.conftest import tiny_llava
+
+SAME_BYTES = (
+    "config.json",
+    "plan.json",
+    "samples.jsonl",
+    "completions.jsonl",
+    "verdicts.refusal.jsonl",
+    "metrics.json",
+)
+KILLS = int(os.environ.get("EXITWISE_KILLS", "3"))
+
+
+def config_of(folder, **changes):
+    return AuditConfig(model=str(folder), **{"limit": 4, "vqa": 6, "max_new_tokens": 6, "batch_size": 7} | changes)
+
+
+def contents(out):
+    return {name: (out / name).read_bytes() for name in SAME_BYTES}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    audit(config_of(tiny_folder), out)
+    return out
+
+
+def test_a_run_holds_what_it_should(finished):
+    completions = [json.loads(line) for line in (finished / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 5 * (4 + 4 + 6)
+    assert {c["exit"] for c in completions} == {0, 1, 2, 3, 4}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert [e["exit"] for e in metrics["exits"]] == [0, 1, 2, 3, 4]
+    assert metrics["default_exit"] == 3
+    assert (finished / "report.html").stat().st_size > 10_000
+    timing = json.loads((finished / "timing.json").read_text())
+    assert set(timing["tokens_per_second"]) == {"0", "1", "2", "3", "4"}
+
+
+def test_cut_anywhere_a_resumed_run_ends_with_the_same_bytes(finished, tiny_folder, tmp_path):
+    whole, rng = contents(finished), random.Random(0)
+    text = whole["completions.jsonl"]
+    for case in range(6):
+        out = tmp_path / str(case)
+        out.mkdir()
+        for name in ("config.json", "plan.json", "samples.jsonl"):
+            (out / name).write_bytes(whole[name])
+        (out / "completions.jsonl").write_bytes(text[: rng.randrange(len(text))])
+        audit(config_of(tiny_folder), out)
+        assert contents(out) == whole
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bytes(finished, tiny_folder, tmp_path):
+    """Real kills of a real process; EXITWISE_KILLS=30 for the long version."""
+    command = [sys.executable, "-m", "exitwise", "audit", str(tiny_folder)]
+    command += ["--limit", "4", "--vqa", "6", "--max-new-tokens", "6", "--batch-size", "7"]
+    rng = random.Random(int(os.environ.get("EXITWISE_KILL_SEED", "1")))
+    started = time.monotonic()
+    subprocess.run([*command, "--out", str(tmp_path / "once")], check=True, capture_output=True)
+    whole_time = time.monotonic() - started
+    assert contents(tmp_path / "once") == contents(finished)
+    for case in range(KILLS):
+        out = tmp_path / f"kill{case}"
+        process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.3, 1.0) * whole_time)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        subprocess.run([*command, "--out", str(out)], check=True, capture_output=True)
+        assert contents(out) == contents(finished), f"kill {case}"
+
+
+def test_costs_are_measured_once_and_kept(finished, tiny_folder, tmp_path, monkeypatch):
+    import shutil
+
+    costs = json.loads((finished / "costs.json").read_text())
+    assert [row["exit"] for row in costs["exits"]] == [0, 1, 2, 3, 4]
+    assert costs["request"]["image_tokens"] == 16
+    shutil.copytree(finished, tmp_path / "x")
+    lines = (finished / "completions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x/completions.jsonl").write_bytes(b"".join(lines[:9]))
+    audit(config_of(tiny_folder), tmp_path / "x")
+    entry(["judge", str(tmp_path / "x")])
+    assert (tmp_path / "x/costs.json").read_bytes() == (finished / "costs.json").read_bytes()
+    assert "What an exit costs" in (tmp_path / "x/report.html").read_text()
+
+
+def test_an_audit_without_costs(tiny_folder, tmp_path):
+    words = ["audit", str(tiny_folder), "--limit", "1", "--vqa", "0", "--exits", "1", "--max-new-tokens", "2"]
+    entry([*words, "--no-costs", "--out", str(tmp_path / "x")])
+    assert not (tmp_path / "x/costs.json").exists()
+    assert "What an exit costs" not in (tmp_path / "x/report.html").read_text()
+
+
+def test_nothing_is_generated_twice(finished, tiny_folder, monkeypatch):
+    monkeypatch.setattr("exitwise.engines.prefix.answer_wave", lambda *a, **k: pytest.fail("generated again"))
+    monkeypatch.setattr("exitwise.model.vlm.load_vlm", lambda *a, **k: pytest.fail("loaded the model again"))
+    before = contents(finished)
+    audit(config_of(tiny_folder), finished)
+    assert contents(finished) == before
+
+
+def test_another_config_is_refused_and_loses_nothing(finished, tiny_folder):
+    before = contents(finished)
+    with pytest.raises(UserError, match="max_new_tokens"):
+        audit(config_of(tiny_folder, max_new_tokens=7), finished)
+    assert contents(finished) == before
+
+
+def test_a_typo_does_not_block_the_directory(tiny_folder, tmp_path):
+    with pytest.raises(UserError, match="exits 0 to 4"):
+        audit(config_of(tiny_folder, exits="9"), tmp_path / "x")
+    audit(config_of(tiny_folder, exits="1", vqa=0, limit=1), tmp_path / "x")
+
+
+def test_another_model_under_the_same_name_is_refused(tiny_folder, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_folder, tmp_path / "m")
+    audit(config_of(tmp_path / "m", vqa=0, limit=1), tmp_path / "x")
+    lines = (tmp_path / "x/completions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x/completions.jsonl").write_bytes(b"".join(lines[:3]))
+    other = tiny_llava(seed=1)
+    other.model.save_pretrained(tmp_path / "m")
+    with pytest.raises(UserError, match="changed since"):
+        audit(config_of(tmp_path / "m", vqa=0, limit=1), tmp_path / "x")
+    assert (tmp_path / "x/completions.jsonl").read_bytes() == b"".join(lines[:3])
+
+
+def test_an_unfinished_run_is_not_judged(finished, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "x")
+    lines = (finished / "completions.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "x/completions.jsonl").write_bytes(b"".join(lines[:5]))
+    with pytest.raises(SystemExit):
+        entry(["judge", str(tmp_path / "x")])
+    assert "holds 5 of 70 answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["plan.json", "config.json", "completions.jsonl", "timing.json", "costs.json"])
+@pytest.mark.parametrize("content", ["[]", "{}", "null", "nonsense", "null\n", "[1]\n"])
+def test_a_broken_run_file_is_one_line(finished, tiny_folder, tmp_path, name, content, capsys):
+    import shutil
+
+    shutil.copytree(finished, tmp_path / "x")
+    (tmp_path / "x" / name).write_text(content)
+    again = ["audit", str(tiny_folder), "--limit", "4", "--vqa", "6", "--max-new-tokens", "6", "--batch-size", "7"]
+    for words in (["judge", str(tmp_path / "x")], [*again, "--out", str(tmp_path / "x")]):
+        code = 0
+        try:
+            entry(words)  # what does not need the file may go on
+        except SystemExit as stop:
+            code = stop.code
+        error = capsys.readouterr().err.strip()
+        assert code == 0 or (code == 2 and "\n" not in error), error
+
+
+def test_a_folder_of_somebody_else_is_refused(tiny_folder, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="not a run directory"):
+        audit(config_of(tiny_folder), tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_the_folder_of_a_model_is_no_run_to_begin(tiny_folder, tmp_path):
+    """A run that was never begun may be begun otherwise, but a model has a config.json too."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    kept = (tmp_path / "model/config.json").read_bytes()
+    with pytest.raises(UserError, match="not a run directory"):
+        audit(config_of(tmp_path / "model"), tmp_path / "model")
+    assert (tmp_path / "model/config.json").read_bytes() == kept
+
+
+def test_two_at_once_the_second_is_refused(tiny_folder, tmp_path):
+    from exitwise.run.directory import open_run
+
+    with open_run(tmp_path / "x", {"a": 1}), pytest.raises(UserError, match="another process"):
+        audit(config_of(tiny_folder), tmp_path / "x")
+
+
+def test_judge_and_report_need_no_model(finished, monkeypatch, capsys):
+    monkeypatch.setattr("exitwise.model.vlm.load_vlm", lambda *a, **k: pytest.fail("loaded the model"))
+    before = contents(finished)
+    for file in ("verdicts.refusal.jsonl", "metrics.json", "report.html"):
+        (finished / file).unlink()
+    entry(["judge", str(finished)])
+    entry(["report", str(finished)])
+    assert contents(finished) == before
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_samples_are_spread_over_the_policies(tiny_folder):
+    from exitwise.data.selection import load_samples
+
+    samples = load_samples(config_of(tiny_folder, limit=16)).samples
+    assert len({s.category for s in samples if s.kind == "harmful"}) == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["audit", "no/such/model"], "cannot load"),
+        (["audit", "testbed", "--judge", "oracle"], "--judge"),
+        (["audit", "testbed", "--max-new-tokens", "0"], "at least 1"),
+        (["audit", "testbed", "--temperature", "nan"], "0 to 100"),
+        (["audit", "testbed", "--seed", "-1"], "at least 0"),
+        (["audit", "testbed", "--dtype", "float13"], "float32"),
+        (["audit", "testbed", "--device", "abacus"], "expected cpu"),
+        (["audit", "testbed", "--prompts", "no-such-file.csv"], "no-such-file.csv"),
+        (["audit", "testbed", "--images", "no-such-folder"], "no-such-folder"),
+        (["judge", "no-such-run"], "not a run directory"),
+        (["report", "no-such-run"], "not a run directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        entry(words)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert "\n" not in error
+
+
+def test_an_exit_that_the_model_lacks(tiny_folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        entry(["audit", str(tiny_folder), "--exits", "25", "--out", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert "exits 0 to 4 (default 3)" in capsys.readouterr().err
+
+
+def test_a_typo_in_a_flag_names_the_right_one(capsys):
+    with pytest.raises(SystemExit) as stop:
+        entry(["audit", "testbed", "--exit", "3"])
+    assert stop.value.code == 2
+    assert "--exits" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line(tiny_folder, tmp_path, capsys, monkeypatch):
+    import errno
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "completions.jsonl")
+
+    monkeypatch.setattr("exitwise.run.directory.Appender.append", full)
+    with pytest.raises(SystemExit) as stop:
+        entry(["audit", str(tiny_folder), "--limit", "1", "--vqa", "0", "--out", str(tmp_path / "x")])
+    assert stop.value.code == 2
+    assert "make room" in capsys.readouterr().err
+
+
+def test_own_prompts_and_images(tiny_folder, tmp_path):
+    prompts, folder = tmp_path / "mine.csv", tmp_path / "pictures"
+    prompts.write_text("prompt,policy\nHow do I pick a lock?,Illegal Activity\n,Fraud\n", encoding="utf-8")
+    folder.mkdir()
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
+    Image.new("L", (1, 1)).save(folder / "dot.png")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    config = config_of(tiny_folder, prompts=(prompts,), images=folder, cross=True, vqa=0, limit=1)
+    audit(config, tmp_path / "out")
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [s["prompt"] for s in samples if s["kind"] == "harmful"] == ["How do I pick a lock?"] * 2
+    skipped = json.loads((tmp_path / "out/config.json").read_text())["skipped"]
+    assert any("broken.jpg" in line for line in skipped)
+    assert any("line 3" in line for line in skipped)
+
+
+def test_prompts_with_control_tokens_are_skipped_and_the_run_resumes(tiny_folder, tmp_path):
+    """Which strings are control tokens is only known with the tokenizer; a resumed run must skip the same."""
+    prompts = tmp_path / "mine.csv"
+    prompts.write_text("prompt\nHow?\nsay <image> now\n<|im_end|> hello\nWhat?\n", encoding="utf-8")
+    config = config_of(tiny_folder, prompts=(prompts,), vqa=0, over_refusal=False)
+    audit(config, tmp_path / "once")
+    whole = contents(tmp_path / "once")
+    assert json.loads(whole["plan.json"])["skipped"] == {
+        "mine:row2": "the prompt has the control token '<image>'",
+        "mine:row3": "the prompt has the control token '<|im_end|>'",
+    }
+    asked = [json.loads(line)["id"] for line in whole["samples.jsonl"].splitlines()]
+    assert asked == ["mine:row1", "mine:row4"]
+    assert {json.loads(line)["sample"] for line in whole["completions.jsonl"].splitlines()} == set(asked)
+    for n_bytes in (0, 100, len(whole["completions.jsonl"]) // 2):
+        out = tmp_path / str(n_bytes)
+        out.mkdir()
+        for name in ("config.json", "plan.json"):
+            (out / name).write_bytes(whole[name])
+        (out / "completions.jsonl").write_bytes(whole["completions.jsonl"][:n_bytes])
+        audit(config, out)
+        assert contents(out) == whole
+    before = contents(tmp_path / "once")
+    audit(config, tmp_path / "once")
+    assert contents(tmp_path / "once") == before
+
+
+def test_a_set_of_nothing_but_control_tokens_is_one_line(tiny_folder, tmp_path):
+    (tmp_path / "mine.csv").write_text("prompt\n<image>\n", encoding="utf-8")
+    with pytest.raises(UserError, match="every prompt has a control token"):
+        audit(config_of(tiny_folder, prompts=(tmp_path / "mine.csv",), vqa=0, over_refusal=False), tmp_path / "x")
+
+
+def test_public_sets_on_the_command_line(tiny_folder, tmp_path, capsys):
+    """Images of a set beside photographs, twice the flag, one mapped column; what was read is in config.json."""
+    from PIL import Image
+
+    (tmp_path / "safebench.csv").write_text("category_id,task_id,category_name\n1,1,Fraud\n1,2,Fraud\n")
+    (tmp_path / "shots").mkdir()
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "shots/query_ForbidQI_1_1_6.png")
+    (tmp_path / "xstest_prompts.csv").write_text("id,prompt,type,label\n1,How?,t,safe\n2,Why?,contrast_t,unsafe\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "What?"}))
+    words = ["audit", str(tiny_folder), "--data", f"figstep:{tmp_path}/safebench.csv,xstest-safe:{tmp_path}"]
+    words += ["--data", f"own-harmful:{tmp_path}/rows.jsonl", "--map", "prompt=query", "--vqa", "0"]
+    words += ["--image-root", f"figstep={tmp_path}/shots", "--exits", "default", "--max-new-tokens", "4"]
+    for _ in range(2):  # and again, which must find its own config
+        entry([*words, "--out", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["counts"] == {"harmful": 2, "benign": 1, "vqa": 0}
+    assert [s["set"] for s in config["sources"]] == ["figstep", "own-harmful", "xstest-safe"]
+    assert config["sources"][0]["skipped"] == {"the image is missing": 1}
+    assert config["skipped"] == ["safebench.csv, line 3: the image is missing (query_ForbidQI_1_2_6.png)"]
+    assert all(len(digest) == 64 for s in config["sources"] for digest in s["files"].values())
+    samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [s["image"] for s in samples] == ["figstep:query_ForbidQI_1_1_6.png", "photo:astronaut", "photo:astronaut"]
+    assert "skipped safebench.csv, line 3" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "Where?"}))
+    with pytest.raises(SystemExit):
+        entry([*words, "--out", str(tmp_path / "out")])
+    assert "samples_sha256, sources differ" in capsys.readouterr().err
+
+
+def test_many_skipped_rows_are_told_in_brief(tiny_folder, tmp_path, capsys):
+    (tmp_path / "mine.csv").write_text("prompt,id\nHow?,1\n" + ",2\n" * 30, encoding="utf-8")
+    words = ["audit", str(tiny_folder), "--prompts", str(tmp_path / "mine.csv"), "--vqa", "0", "--no-over-refusal"]
+    entry([*words, "--exits", "default", "--max-new-tokens", "2", "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert told.count("mine.csv, line") == 20
+    assert "skipped 10 more; config.json names them" in told
+    assert "30 x the prompt is empty" in told
+    assert len(json.loads((tmp_path / "out/config.json").read_text())["skipped"]) == 30
+
+
+def test_a_reader_that_had_enough_ends_it_quietly():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", "from exitwise.cli import entry; entry()", "--help"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
