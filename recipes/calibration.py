@@ -1,5 +1,5 @@
 """Holds the refusal matcher to the people of JailbreakBench's judge comparison, and writes the file that is shipped
-and the table in docs/calibrate.md.
+and the table in docs/howto/calibrate.md.
 
     python recipes/calibration.py --labels judge-comparison.csv
 
@@ -28,7 +28,7 @@ def main(config: Config) -> None:
     found = calibrate("refusal", config.labels).to_json()
     source = {"source": "JailbreakBench judge comparison (Chao et al. 2024)"}
     write_json(ROOT / "src/exitwise/data/builtin/calibration.refusal.json", found | source)
-    page = ROOT / "docs/calibrate.md"
+    page = ROOT / "docs/howto/calibrate.md"
     before, rest = page.read_text().split("<!-- shipped -->")
     after = rest.split("<!-- /shipped -->")[1]
     page.write_text(f"{before}<!-- shipped -->\n{table(found)}\n<!-- /shipped -->{after}")

@@ -1,8 +1,11 @@
-"""Every command and every snippet in README and docs is run; files and links that they name exist."""
+"""Runs every command and snippet of README and docs; checks links, navigation, the README's tree and the glossary."""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -76,13 +79,13 @@ def test_every_shown_command_parses():
             raise AssertionError(f"{line} does not parse") from stop
 
 
-def test_every_judge_has_its_command_on_the_page_of_its_family():
+def test_every_judge_has_its_command_in_the_reference():
     from exitwise.judges import NAMES
 
-    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs/judges").glob("*.md")]
+    page = (ROOT / "docs/reference/judges.md").read_text(encoding="utf-8")
     for name in NAMES:
         line = re.compile(rf"^    (?:[A-Z_]+=\S+ )?exitwise judge runs/\S+ --judge {re.escape(name)}(?: |$)", re.M)
-        assert sum(bool(line.search(page)) for page in pages) == 1, name
+        assert line.search(page), name
 
 
 def test_there_is_something_to_run():
@@ -128,17 +131,91 @@ def test_snippet(page, code, desk):
     exec(compile(code, page, "exec"), {})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#?)([^)]*)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        path = page.parent / target if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors_of(path), f"{page.name} links to {target}#{anchor}"
 
 
-def test_every_command_line_word_is_documented():
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-    names = ("audit", "demo", "judge", "score", "report", "calibrate", "table", "compare", "align", "slim", "inspect")
-    for command in (*names, "reward train", "reward eval"):
-        assert f"exitwise {command}" in text
+def test_pages_named_by_the_package_exist():
+    named = {
+        page
+        for path in (ROOT / "src").rglob("*.py")
+        for page in re.findall(r"\bdocs/[\w/-]+\.md", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 8
+    assert not [page for page in named if not (ROOT / page).is_file()]
+
+
+def anchors_of(page):
+    """Ids of the headings of a page, as Python-Markdown makes them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M
+    )
+    plain = [unicodedata.normalize("NFKD", heading).encode("ascii", "ignore").decode() for heading in headings]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower()) for text in plain}
+
+
+def test_the_navigation_has_every_page_and_nothing_else():
+    listed = re.findall(r": (\S+\.(?:md|ipynb))$", (ROOT / "mkdocs.yml").read_text(), re.M)
+    pages = [
+        p.relative_to(ROOT / "docs").as_posix() for end in ("md", "ipynb") for p in (ROOT / "docs").rglob(f"*.{end}")
+    ]
+    assert sorted(listed) == sorted(pages)
+
+
+def test_the_tree_of_the_readme_has_every_package_and_nothing_else():
+    tree = set(re.findall(r"^      (\S+) {2,}\S", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+    package = ROOT / "src/exitwise"
+    packages = {f"{init.parent.name}/" for init in package.glob("*/__init__.py")}
+    assert tree == packages | {path.name for path in package.glob("[!_]*.py")}
+
+
+def test_every_public_name_is_in_the_api_reference():
+    import exitwise
+
+    listed = re.findall(r"^::: exitwise\.(\w+)$", (ROOT / "docs/reference/api.md").read_text(), re.M)
+    assert sorted(listed) == sorted(exitwise.__all__)
+
+
+def test_every_command_is_in_the_reference(capsys):
+    def subcommands(*words):
+        with pytest.raises(SystemExit):
+            entry([*words, "--help"])
+        return re.search(r"\{([\w,]+)\}", capsys.readouterr().out)[1].split(",")
+
+    from exitwise.cli import entry
+
+    text = (ROOT / "docs/reference/commands.md").read_text()
+    names = {*subcommands(), *(f"reward {name}" for name in subcommands("reward"))} - {"reward"}
+    assert set(re.findall(r"^## exitwise ([\w ]+)$", text, re.M)) == names
+    assert set(re.findall(r"^<!-- options: ([\w ]+) -->$", text, re.M)) == names
+
+
+def test_every_term_of_the_report_is_in_the_glossary():
+    template = (ROOT / "src/exitwise/report/report.html.j2").read_text(encoding="utf-8")
+    defined = re.findall(r"<dt>(?:<span.*?</span> )?([^<{]+)</dt>", template)
+    table = template.split("Metrics of every exit</caption>")[1].split("</tr>")[0]
+    headers = re.findall(r'<th scope="col"[^>]*>([^<{]+)</th>', table)
+    assert len(defined) > 12
+    assert len(headers) > 8
+    glossary = (ROOT / "docs/glossary.md").read_text(encoding="utf-8")
+    entries = " | ".join(re.findall(r"^### (.+)$", glossary, re.M)).lower()
+    for term in (*defined, *headers, "less safe", "default exit", "caveat", "dominated", "corrected"):
+        assert re.search(rf"\b{re.escape(term.lower().strip())}\b", entries), f"no entry for {term!r}"
+
+
+def test_the_site_builds(tmp_path):
+    """Strict: a broken link, a page outside the navigation or an undocumented public name fails."""
+    pytest.importorskip("mkdocs", reason="`make docs` installs mkdocs; without it the tests above check the pages")
+    pytest.importorskip("mkdocstrings")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
 
 
 def test_every_metric_key_is_documented(desk):
@@ -146,7 +223,7 @@ def test_every_metric_key_is_documented(desk):
     from exitwise.auditing.audit import audit
 
     audit(AuditConfig(model="testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True), desk / "run")
-    assert not unexplained(desk / "run/metrics.json", "metrics.md")
+    assert not unexplained(desk / "run/metrics.json", "reference/metrics.md")
 
 
 def test_every_key_of_the_costs_is_documented(desk):
@@ -154,7 +231,7 @@ def test_every_key_of_the_costs_is_documented(desk):
     from exitwise.run.directory import write_json
 
     write_json(desk / "costs.json", exit_costs(tiny_llava()))
-    assert not unexplained(desk / "costs.json", "metrics.md")
+    assert not unexplained(desk / "costs.json", "reference/metrics.md")
 
 
 def test_every_key_of_a_comparison_is_documented(tmp_path):
@@ -164,7 +241,7 @@ def test_every_key_of_a_comparison_is_documented(tmp_path):
     before = write_run(tmp_path / "a", {1: "a" * 9}, {1: "a" * 9}, {1: "c"})
     after = write_run(tmp_path / "b", {1: "r" * 7 + "iu"}, {1: "r" * 9}, {1: "c"}, **info)
     assert compare_runs(before, after, tmp_path)["verdict"]["failures"]
-    assert not unexplained(tmp_path / "compare.json", "compare.md")
+    assert not unexplained(tmp_path / "compare.json", "reference/comparison.md")
 
 
 def unexplained(path, page):

@@ -836,5 +836,5 @@ def test_every_key_is_documented(run):
     score_run(run, make_scorer("vqa-v2"), TODAY)
     found = write_score_metrics(run)
     keys = found.keys() | found["scores"][0].keys() | found["refusal_contrast"][0].keys()
-    text = (ROOT / "docs/metrics.md").read_text()
+    text = (ROOT / "docs/reference/metrics.md").read_text()
     assert not {key for key in keys if f"`{key}`" not in text}

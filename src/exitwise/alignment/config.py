@@ -22,7 +22,7 @@ class AlignConfig:
     """What an alignment asks; every field lands in config.json."""
 
     model: Positional[str]
-    """testbed, a folder or a hub id of a model of any supported family (docs/families.md)."""
+    """testbed, a folder or a hub id of a model of any supported family (docs/reference/families.md)."""
     method: Literal["l-ppo", "grpo", "sft", "dpo"] = "l-ppo"
     """l-ppo (Bachu et al.); the others are baselines on the same data, exits, steps and adapter."""
     exits: str = "default"
@@ -35,7 +35,7 @@ class AlignConfig:
     audit: Path | None = None
     """A run directory of `exitwise audit` of this model: first weights of --schedule worst."""
     data: UseAppendAction[tuple[str, ...]] = ()
-    """Public sets and own rows, as for `exitwise audit --data`: NAME[/SPLIT][:PATH]."""
+    """Public sets and own rows, as for `exitwise audit --data`: `NAME[/SPLIT][:PATH]`."""
     image_root: tuple[str, ...] = ()
     """Folder of the images that the sets of --data name; NAME=FOLDER for one of them."""
     map: str | None = None

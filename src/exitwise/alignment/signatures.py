@@ -1,6 +1,7 @@
 """Failure signatures of a training, found in its metrics and raised by name.
 
-Thresholds are ours, set where a run that learns stays clear of them; docs/align.md says what each means and what to do.
+Thresholds are ours, set where a run that learns stays clear of them; each is explained in
+docs/reference/training-metrics.md.
 """
 
 from collections.abc import Sequence

@@ -18,15 +18,16 @@ class AuditConfig:
     """What an audit asks; every field lands in config.json."""
 
     model: Positional[str]
-    """testbed, testbed-control, a folder or a hub id of a model of a supported family (docs/families.md)."""
+    """testbed, testbed-control, a folder or a hub id of a model of a supported family (docs/reference/families.md)."""
     adapter: str | None = None
     """A PEFT adapter for the language model: a folder, a hub id, or the run directory of `exitwise align`."""
     exits: str = "all"
     """all, default, early, middle, late, numbers and ranges, separated by commas: default,0-3,late.
     Layers joined by + are one exit that fuses them: 3+18+23."""
     data: UseAppendAction[tuple[str, ...]] = ()
-    """Public sets and own rows: NAME[/SPLIT][:PATH], several with commas or with the flag again. PATH is a file, a
-    folder or hf://datasets/OWNER/NAME[@REVISION][/FILE]; a name alone is fetched from the hub. Names: docs/data.md."""
+    """Public sets and own rows: `NAME[/SPLIT][:PATH]`, several with commas or with the flag again. PATH is a file, a
+    folder or `hf://datasets/OWNER/NAME[@REVISION][/FILE]`; a name alone is fetched from the hub. Names:
+    docs/reference/data.md."""
     image_root: tuple[str, ...] = ()
     """Folder of the images that the sets of --data name; NAME=FOLDER for one of them."""
     map: str | None = None
@@ -50,8 +51,8 @@ class AuditConfig:
     vqa: int = 60
     """Questions that measure utility, of each VQA set in --data, else of easy-VQA; 0 for none."""
     judge: str = "refusal"
-    """Who reads the answers: refusal (a matcher with a coherence gate, no model), a guard, rubric (docs/judges.md).
-    Several with commas; the first one's verdicts make the figures."""
+    """Who reads the answers: refusal (a matcher with a coherence gate, no model), a guard, rubric
+    (docs/reference/judges.md). Several with commas; the first one's verdicts make the figures."""
     max_new_tokens: int = 32
     """Tokens of an answer at the most."""
     temperature: float = 0.0

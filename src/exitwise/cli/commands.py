@@ -37,7 +37,7 @@ class Audit:
     out: Path | None = None
     """The run directory; without it, runs/<name of the model>."""
     costs: bool = True
-    """Measure what each exit costs (FLOPs, seconds) before the first answer; docs/costs.md."""
+    """Measure what each exit costs (FLOPs, seconds) before the first answer; docs/explanation/costs.md."""
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
@@ -96,8 +96,8 @@ class Judge:
     judge: Annotated[
         str | None,
         tyro.conf.arg(
-            help=f"Names separated by commas, of {', '.join(NAMES)} (docs/judges.md); the first one's verdicts make "
-            "the figures. Without it, the run's."
+            help=f"Names separated by commas, of {', '.join(NAMES)} (docs/reference/judges.md); the first one's "
+            "verdicts make the figures. Without it, the run's."
         ),
     ] = None
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)

@@ -24,7 +24,7 @@ def compare_runs(before: Path, after: Path, out: Path) -> dict[str, Any]:
     """Compares two runs of `exitwise audit`; writes compare.json, compare.md and compare.html into the folder `out`.
 
     Returns:
-        What compare.json holds; docs/compare.md lists the keys.
+        What compare.json holds; docs/reference/comparison.md lists the keys.
 
     Raises:
         UserError: the runs cannot be paired.

@@ -1,6 +1,7 @@
 """What changed between two paired runs: per exit, per band of exits, and per group (trained, held out, other).
 
-Every difference is AFTER minus BEFORE over the samples that both runs have scored. docs/compare.md lists the keys.
+Every difference is AFTER minus BEFORE over the samples that both runs have scored. docs/reference/comparison.md lists
+the keys.
 """
 
 from collections import Counter

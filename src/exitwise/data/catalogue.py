@@ -2,7 +2,7 @@
 
 Where files come from: a file, a folder (a clone of the set's repository, or what was unpacked there), an address on the
 hub (hf://datasets/OWNER/NAME@REVISION), or nothing: the set's own place on the hub. Layouts are those that the authors
-publish; docs/data.md lists them.
+publish; docs/reference/data.md lists them.
 """
 
 import hashlib

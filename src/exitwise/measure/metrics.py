@@ -42,7 +42,7 @@ def compute_metrics(
     judge: str = "refusal",
     bands: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """All figures of a run, ready for JSON: docs/metrics.md lists the keys.
+    """All figures of a run, ready for JSON: docs/reference/metrics.md lists the keys.
 
     The exits are those that occur in `completions`. A completion without a verdict of `judge` counts as unscored; a
     sample without a completion at an exit is left out there, and out of the comparison with the default exit.

@@ -71,7 +71,7 @@ def exit_costs(
     prompt: str = PROMPT,
     repetitions: int = REPETITIONS,
 ) -> dict[str, Any]:
-    """What one request costs up to its first new token at each exit, ready for JSON: docs/metrics.md lists the keys.
+    """What one request costs up to its first new token at each exit, ready for JSON (keys: docs/reference/metrics.md).
 
     Args:
         exits: numbers, or what `--exits` takes; the default exit is added, as the one that others are measured by.

@@ -5,7 +5,7 @@ that blocks l .. L-1 become the identity; whatever follows the encoder (selectio
 own code. `replay` uses that: it runs the stock `get_image_features` with every block replaced by a look-up, and
 leaves out what leads to the first.
 
-What that means where a model uses several states is written in docs/exits.md.
+What that means where a model uses several states is written in docs/explanation/icet.md.
 
 An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes
 one, their mean is what the encoder ends with (averaged as DenseConnector does within its groups of layers, Yao et al.

@@ -1,7 +1,7 @@
 """The table of model families: where the parts of a vision-language model are, and what an exit needs of each.
 
 To add a family: one entry in FAMILIES and one tiny model in tests/families.py; tests/test_families.py says whether the
-entry is right. docs/families.md walks through it.
+entry is right. docs/howto/add-family.md has the steps.
 
 Shapes: P rows of an image's features (image tokens for most families), H width of the language model, B rows.
 """
@@ -342,7 +342,7 @@ def check_family(name: str, config: Any) -> Family:
     if config.model_type not in FAMILIES:
         raise UserError(
             f"{name} is a {config.model_type!r} model; supported families: {', '.join(sorted(FAMILIES))} "
-            "(to add one, see FAMILIES in exitwise/families.py and docs/families.md)"
+            "(to add one, see FAMILIES in exitwise/model/families.py and docs/howto/add-family.md)"
         )
     family = family_of(config)
     encoder = getattr(getattr(config, "vision_config", None), "model_type", None)

@@ -76,7 +76,7 @@ class Verdict(Record):
     label: Label
     reason: str = ""
     categories: tuple[str, ...] = ()
-    """Codes or names of what was violated, in the vocabulary of this judge's version (see docs/judges.md)."""
+    """Codes or names of what was violated, in the vocabulary of this judge's version (see docs/reference/judges.md)."""
     p_unsafe: float | None = None
     """Probability of the word for unsafe where the verdict stands, among the words a verdict can be, in [0, 1]."""
     p_unsafe_raw: float | None = None

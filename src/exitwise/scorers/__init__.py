@@ -24,7 +24,8 @@ def make_scorer(
     Args:
         model: folder, file or id of the weights of detoxify and granite-guardian-hap.
         batch_size: answers in a forward pass, for those with weights.
-        base_url, queries_per_second: of perspective.
+        base_url: address of a server with the Perspective API; Google's by default.
+        queries_per_second: rate limit of perspective.
         template: how reward:<model> wants its texts, where that is not known (see rewards.py).
         trust_remote_code: load detoxify's pickle files.
 

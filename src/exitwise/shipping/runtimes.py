@@ -193,7 +193,7 @@ def _inspect_gguf(path: Path) -> Inspection:
     if in_graph and "v.class_embd" in names:
         found.warnings.append(
             "the tower has a CLS token: llama.cpp puts it last where the model was trained with it first, so positions "
-            "are off by one and the first patch gives way to CLS (docs/inspect.md); features differ from "
+            "are off by one and the first patch gives way to CLS (docs/explanation/runtimes.md); features differ from "
             "transformers' at every exit"
         )
     _check_blocks(found, blocks)
