@@ -1,4 +1,4 @@
-"""`exitwise inspect` tells where a checkpoint stops, and warns where a runtime would stop elsewhere."""
+"""`exitwise inspect` finds the exit of a checkpoint by runtime, and warns where a runtime stops at another one."""
 
 import importlib.util
 import json
@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from exitwise import UserError, inspect_checkpoint
+from exitwise.model.families import FAMILIES
+from exitwise.shipping.checkpoints import FAMILY_DEFAULTS, TOWER_BLOCKS, read_encoder_config
 from exitwise.shipping.runtimes import lines, llama_cpp_exit
 from exitwise.shipping.slim import save, save_model
 from tests.conftest import ROOT, tiny_llava
@@ -46,14 +49,14 @@ def copy(home, tmp_path, name, **changes):
 
 def test_a_full_model(home):
     found = inspect_checkpoint(home / "full")
-    assert (found.blocks_held, found.blocks_told, found.feature_layer) == (4, 4, -2)
+    assert (found.blocks_in_weights, found.blocks_in_config, found.feature_layer) == (4, 4, -2)
     assert set(found.runs_at.values()) == {3}
     assert not found.warnings
 
 
 def test_a_slim_model(home):
     found = inspect_checkpoint(home / "slim")
-    assert (found.blocks_held, found.trained_at, found.source_blocks) == (2, 2, 4)
+    assert (found.blocks_in_weights, found.made_for, found.source_blocks) == (2, 2, 4)
     assert set(found.runs_at.values()) == {2}
     assert not found.warnings
     assert "transformers: exit 2/4" in lines(found)
@@ -82,7 +85,7 @@ def test_the_global_encoder_of_mllama_is_no_block(tmp_path):
     vlm = TINY["mllama"](global_layers=3)
     save_model(vlm, 2, tmp_path)
     found = inspect_checkpoint(tmp_path)
-    assert (found.blocks_held, found.blocks_told, found.runs_at["transformers"]) == (2, 2, 2)
+    assert (found.blocks_in_weights, found.blocks_in_config, found.runs_at["transformers"]) == (2, 2, 2)
     assert not found.warnings
 
 
@@ -95,15 +98,15 @@ def test_several_layers_and_one_that_is_not_there(home, tmp_path):
     assert inspect_checkpoint(copy(home, tmp_path, "full", vision_feature_layer=[1, -2])).runs_at["transformers"] == 3
     (tmp_path / "x").mkdir()
     found = inspect_checkpoint(copy(home, tmp_path / "x", "full", vision_feature_layer=9))
-    assert any("exit 9 is not there" in warning for warning in found.warnings)
+    assert any("exit 9 does not exist" in warning for warning in found.warnings)
 
 
 def test_an_mmproj_file(home, tmp_path):
     for name, exit in (("full", 3), ("slim", 2)):
         assert mmproj.convert(home / name, tmp_path / f"{name}.gguf") == exit
         found = inspect_checkpoint(tmp_path / f"{name}.gguf")
-        assert (found.blocks_told, found.blocks_held, found.feature_layer) == (exit, exit, [exit])
-        assert found.runs_at["llama.cpp"] == found.trained_at == exit
+        assert (found.blocks_in_config, found.blocks_in_weights, found.feature_layer) == (exit, exit, [exit])
+        assert found.runs_at["llama.cpp"] == found.made_for == exit
         assert not any("feature_layer" in warning or "stops" in warning for warning in found.warnings)
     held = {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / "full.gguf").tensors}
     weights = load_file(home / "full/model.safetensors")
@@ -116,7 +119,7 @@ def test_an_mmproj_file_without_the_list(home, tmp_path):
     """llama.cpp issue 25817: one block fewer than the model was trained with."""
     mmproj.convert(home / "full", tmp_path / "old.gguf", with_feature_layer=False)
     found = inspect_checkpoint(tmp_path / "old.gguf")
-    assert (found.runs_at["llama.cpp"], found.trained_at) == (2, 3)
+    assert (found.runs_at["llama.cpp"], found.made_for) == (2, 3)
     assert any("llama.cpp runs 2 of 3 blocks" in warning for warning in found.warnings)
     assert any("stops at exit 2, but the checkpoint was made for exit 3" in warning for warning in found.warnings)
 
@@ -194,7 +197,7 @@ def test_what_is_neither(home, tmp_path):
     for name, said in (
         ("notes.txt", "no GGUF file"),
         ("empty", "no config.json; expected"),
-        ("nowhere", "is not there"),
+        ("nowhere", "does not exist"),
         ("text.gguf", "'llama' model without an image encoder"),
         (".", "give one of its GGUF files: text.gguf"),
     ):
@@ -208,12 +211,40 @@ def test_what_is_neither(home, tmp_path):
         inspect_checkpoint(tmp_path / "empty")
 
 
-def test_code_beside_the_config_is_not_run(tmp_path, monkeypatch):
-    """Not even where somebody at the keyboard says yes to transformers' question."""
-    monkeypatch.setattr("builtins.input", lambda question: "y")
+@pytest.mark.parametrize("family", FAMILY_DEFAULTS)
+def test_a_silent_config_means_what_transformers_makes_of_it(family, tmp_path):
+    """Every family and tower, with and without the number of blocks."""
+    exchangeable = TOWER_BLOCKS if FAMILY_DEFAULTS[family].tower in TOWER_BLOCKS else ()
+    for vision in (None, {}, {"num_hidden_layers": 5}, *({"model_type": tower} for tower in exchangeable)):
+        given = {"model_type": family} | ({} if vision is None else {"vision_config": vision})
+        (tmp_path / "config.json").write_text(json.dumps(given))
+        config = AutoConfig.from_pretrained(tmp_path)
+        if config.vision_config is None:
+            with pytest.raises(UserError, match="without an image encoder"):
+                read_encoder_config(tmp_path)
+            continue
+        found = read_encoder_config(tmp_path)
+        blocks = getattr(config.vision_config, "depth", None) or config.vision_config.num_hidden_layers
+        assert found.n_blocks == blocks, vision
+        assert found.feature_layer == getattr(config, "vision_feature_layer", None)
+        assert vision or found.tower == config.vision_config.model_type
+
+
+def test_the_defaults_cover_every_family():
+    assert set(FAMILY_DEFAULTS) == set(FAMILIES) - {"pixtral"}  # a llava with another tower
+
+
+def test_other_values_than_numbers(home, tmp_path):
+    with pytest.raises(UserError, match=r"number of blocks is 'four'"):
+        inspect_checkpoint(copy(home, tmp_path, "full", vision={"num_hidden_layers": "four"}))
+    with pytest.raises(UserError, match=r"vision_feature_layer is 'last'"):
+        inspect_checkpoint(copy(home, tmp_path, "slim", vision_feature_layer="last"))
+
+
+def test_code_beside_the_config_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine"}}')
     (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    with pytest.raises(UserError, match=r"cannot read config\.json"):
+    with pytest.raises(UserError, match="'mine' model without an image encoder"):
         inspect_checkpoint(tmp_path)
     assert not (tmp_path / "ran").exists()
 
