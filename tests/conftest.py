@@ -16,10 +16,10 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from exitwise.model.testbed.parts import CHAT_TEMPLATE
 from exitwise.model.vlm import Vlm, describe
+from tests.environment import image_processor
 
 ROOT = Path(__file__).parents[1]
 PATCH, SIDE = 7, 28  # 16 image tokens
@@ -40,7 +40,7 @@ def tiny_processor() -> LlavaProcessor:
         pad_token="<|im_end|>",
         additional_special_tokens=["<image>"],
     )
-    images = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    images = image_processor("CLIP")(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     return LlavaProcessor(
         image_processor=images,
         tokenizer=fast,

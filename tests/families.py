@@ -5,30 +5,22 @@ llama4's image processor needs it too, so a CLIP one that adds the aspect ratio 
 its torchvision image processor; the PIL one takes that module's place.
 """
 
+import functools
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
-from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
-from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
-from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
-from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from exitwise.model.testbed.parts import CHAT_TEMPLATE
 from exitwise.model.vlm import Vlm, describe
+from tests.environment import TORCHVISION, image_processor, not_here
 
-if "transformers.models.pixtral.processing_pixtral" not in sys.modules:
+if not TORCHVISION and "transformers.models.pixtral.processing_pixtral" not in sys.modules:
     from transformers.models.pixtral import image_processing_pil_pixtral
 
     sys.modules.setdefault("transformers.models.pixtral.image_processing_pixtral", image_processing_pil_pixtral)
@@ -103,7 +95,7 @@ def built(name: str, model: Any, processor: Any, seed: int = 0) -> Vlm:
 
 def llava(feature_layer: Any = -2) -> Vlm:
     words = tokenizer(image_token="<image>")
-    image = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE)
+    image = image_processor("CLIP")(size={"shortest_edge": SIDE}, crop_size=SQUARE)
     processor = hf.LlavaProcessor(
         image_processor=image, tokenizer=words, patch_size=PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=template("<image>"),
@@ -131,7 +123,7 @@ def pixtral_encoder() -> Any:
 
 
 def pixtral_processor(words: Any, merge: int) -> Any:
-    image = PixtralImageProcessorPil(size={"longest_edge": 2 * SIDE}, patch_size={"height": PATCH, "width": PATCH})
+    image = image_processor("Pixtral")(size={"longest_edge": 2 * SIDE}, patch_size={"height": PATCH, "width": PATCH})
     return PixtralProcessor(
         image_processor=image, tokenizer=words, patch_size=PATCH, spatial_merge_size=merge,
         chat_template=template("[IMG]"),
@@ -149,7 +141,7 @@ def mistral3() -> Vlm:
 
 def llava_next() -> Vlm:
     words = tokenizer(image_token="<image>")
-    image = LlavaNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    image = image_processor("LlavaNext")(size={"shortest_edge": SIDE}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS)
     processor = hf.LlavaNextProcessor(
         image_processor=image, tokenizer=words, patch_size=PATCH, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, chat_template=template("<image>"),
@@ -164,7 +156,7 @@ def llava_next() -> Vlm:
 
 def llava_onevision() -> Vlm:
     words = tokenizer(image_token="<image>", video_token="<video>")
-    image = LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=PINPOINTS)
+    image = image_processor("LlavaOnevision")(size=SQUARE, image_grid_pinpoints=PINPOINTS)
     processor = without_video(
         hf.LlavaOnevisionProcessor, image_processor=image, tokenizer=words, num_image_tokens=16,
         vision_feature_select_strategy="full", chat_template=template("<image>"),
@@ -182,7 +174,7 @@ def aya_vision() -> Vlm:
     words = tokenizer(
         "TILE", "TILE_GLOBAL", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<image>", image_token="<|IMG_PATCH|>"
     )
-    image = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
+    image = image_processor("GotOcr2")(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
     processor = hf.AyaVisionProcessor(
         image_processor=image, tokenizer=words, patch_size=PATCH, img_size=SIDE, downsample_factor=2,
         chat_template=template("<image>"),
@@ -202,7 +194,7 @@ def internvl(feature_layer: int = -1) -> Vlm:
     words = tokenizer(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>"
     )
-    image = GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
+    image = image_processor("GotOcr2")(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4)
     processor = without_video(
         hf.InternVLProcessor, image_processor=image, tokenizer=words, image_seq_length=4,
         chat_template=template("<IMG_CONTEXT>"),
@@ -222,7 +214,7 @@ IDEFICS_TOKENS = ("<fake_token_around_image>", "<global-img>", "<end_of_utteranc
 
 def idefics3() -> Vlm:
     words = tokenizer(*IDEFICS_TOKENS, image_token="<image>")
-    image = Idefics3ImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    image = image_processor("Idefics3")(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
     processor = hf.Idefics3Processor(
         image_processor=image, tokenizer=words, image_seq_len=4, chat_template=template("<image>")
     )
@@ -238,7 +230,7 @@ def smolvlm() -> Vlm:
 
     processing_smolvlm.num2words = processing_smolvlm.num2words or str  # only videos are numbered in words
     words = tokenizer(*IDEFICS_TOKENS, image_token="<image>")
-    image = SmolVLMImageProcessorPil(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+    image = image_processor("SmolVLM")(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
     processor = without_video(
         hf.SmolVLMProcessor, image_processor=image, tokenizer=words, image_seq_len=4, chat_template=template("<image>")
     )
@@ -252,7 +244,7 @@ def smolvlm() -> Vlm:
 def paligemma() -> Vlm:
     """No chat template, like the real ones: the processor puts the image first."""
     words = tokenizer(image_token="<image>")
-    image = SiglipImageProcessorPil(size=SQUARE)
+    image = image_processor("Siglip")(size=SQUARE)
     image.image_seq_length = 16
     processor = hf.PaliGemmaProcessor(image_processor=image, tokenizer=words)
     config = hf.PaliGemmaConfig(
@@ -266,7 +258,7 @@ def paligemma() -> Vlm:
 def gemma3() -> Vlm:
     words = tokenizer(image_token="<image_soft_token>", boi_token="<start_of_image>", eoi_token="<end_of_image>")
     processor = hf.Gemma3Processor(
-        image_processor=Gemma3ImageProcessorPil(size=SQUARE), tokenizer=words, image_seq_length=4,
+        image_processor=image_processor("Gemma3")(size=SQUARE), tokenizer=words, image_seq_length=4,
         chat_template=template("<start_of_image>"),
     )  # fmt: skip
     language = text(
@@ -288,7 +280,7 @@ def gemma4() -> Vlm:
         "<|video|>", image_token="<|image|>", boi_token="<|image>", eoi_token="<image|>", audio_token="<|audio|>",
         boa_token="<|audio>", eoa_token="<audio|>",
     )  # fmt: skip
-    image = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
+    image = image_processor("Gemma4")(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
     processor = without_video(
         hf.Gemma4Processor, feature_extractor=None, image_processor=image, tokenizer=words, image_seq_length=70,
         chat_template=template("<|image|>"),
@@ -316,7 +308,7 @@ QWEN_TOKENS = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
 
 def qwen_parts(cls: Any) -> tuple[Any, Any, dict[str, int]]:
     words = tokenizer("<|vision_start|>", "<|vision_end|>", **QWEN_TOKENS)
-    image = Qwen2VLImageProcessorPil(patch_size=PATCH, merge_size=2, min_pixels=14 * 14, max_pixels=42 * 42)
+    image = image_processor("Qwen2VL")(patch_size=PATCH, merge_size=2, min_pixels=14 * 14, max_pixels=42 * 42)
     image.size = {"shortest_edge": 14 * 14, "longest_edge": 42 * 42}
     processor = without_video(
         cls, image_processor=image, tokenizer=words,
@@ -370,7 +362,7 @@ def qwen3_vl() -> Vlm:
     return built("qwen3_vl", hf.Qwen3VLForConditionalGeneration(config), processor)
 
 
-class OneTile(CLIPImageProcessorPil):
+class OneTile(image_processor("CLIP")):  # type: ignore[misc]
     """Llama4's image processor needs torchvision; this gives what it gives for an image of one tile."""
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
@@ -408,7 +400,7 @@ def llama4() -> Vlm:
 def mllama(global_layers: int = 1) -> Vlm:
     words = tokenizer("<|python_tag|>", image_token="<|image|>")
     processor = hf.MllamaProcessor(
-        image_processor=MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4), tokenizer=words,
+        image_processor=image_processor("Mllama")(size=SQUARE, max_image_tiles=4), tokenizer=words,
         chat_template=template("<|image|>"),
     )  # fmt: skip
     vision = hf.MllamaVisionConfig(
@@ -425,8 +417,21 @@ def mllama(global_layers: int = 1) -> Vlm:
     return built("mllama", hf.MllamaForConditionalGeneration(config), processor)
 
 
-TINY = {
-    make.__name__: make
+def skipping(name: str, make: Callable[..., Vlm]) -> Callable[..., Vlm]:
+    """The family's model, or a skipped test where this environment cannot have it."""
+
+    @functools.wraps(make)
+    def made(**change: Any) -> Vlm:
+        if name in NOT_HERE:
+            pytest.skip(f"{name}: {NOT_HERE[name]}")
+        return make(**change)
+
+    return made
+
+
+NOT_HERE = not_here()
+TINY: dict[str, Callable[..., Vlm]] = {
+    make.__name__: skipping(make.__name__, make)
     for make in (
         llava, llava_next, mllama, llava_onevision, aya_vision, paligemma, gemma3, gemma4, idefics3, smolvlm, internvl,
         mistral3, pixtral, qwen2_vl, qwen2_5_vl, qwen3_vl, llama4,

@@ -67,7 +67,7 @@ class Policy(nn.Module):
             nn.init.zeros_(self.value_head.bias)
         self.share_heads = share_heads and not gradient_checkpointing  # checkpoints and caches exclude each other
         if gradient_checkpointing:
-            vlm.model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(vlm.model)
             vlm.model.train()  # transformers checkpoints in training mode only; there is no dropout to wake up
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -141,7 +141,7 @@ class Policy(nn.Module):
             input_ids=ids,
             attention_mask=real if cached is None else cached,
             position_ids=positions,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=shared,
             **pictures,
         ).last_hidden_state  # (B, S, D)

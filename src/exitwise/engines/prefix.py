@@ -112,7 +112,7 @@ class _Batch:
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=positions,
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

@@ -61,6 +61,12 @@ def flat(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
 
 
+def tiled(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The same as (tiles, P of a tile, H) for smolvlm, some releases of which read P from the shape."""
+    pooled: Any = torch.cat(list(features)).unflatten(0, (-1, model.model.image_seq_len))
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
+
+
 def last_state(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
     """The same for llama4, which projects the last hidden state itself."""
     state: Any = torch.cat(list(features))
@@ -275,7 +281,7 @@ FAMILIES = {
     "internvl": _LLAVA._replace(blocks="encoder.layer", placed=flat, settings=internvl_layer, truncate=cut_internvl),
     "mistral3": _SIZED,
     "idefics3": _IDEFICS,
-    "smolvlm": _IDEFICS,
+    "smolvlm": _IDEFICS._replace(placed=tiled),
     "paligemma": _GEMMA._replace(forward_inputs=("token_type_ids",), plain=("{image}{text}", "{bos}{text}\n")),
     "gemma3": _GEMMA,
     "gemma4": _GEMMA._replace(
