@@ -111,6 +111,7 @@ def shared_data() -> Path:
     """Public benchmark files beside the checkout; tests that read them skip without."""
     folder = Path(os.environ.get("EXITWISE_SHARED_DATA", ROOT.parent / "shared/data"))
     if not folder.is_dir():
+        assert "EXITWISE_SHARED_DATA" not in os.environ, f"EXITWISE_SHARED_DATA names {folder}, which is no folder"
         pytest.skip("no shared benchmark files beside the checkout (set EXITWISE_SHARED_DATA)")
     return folder
 

@@ -65,6 +65,7 @@ _MODULES = {
     "inspect_checkpoint": "shipping.runtimes",
     "slim": "shipping.slim",
 }
+__version__ = "0.1.0"
 __all__ = sorted(_MODULES)
 
 

@@ -47,7 +47,7 @@ def table(path: Path, *rows: dict) -> Path:
 
 
 def packed(path: Path, rows: list[dict]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -481,7 +481,7 @@ def test_broken_parquet_is_named(tmp_path):
 
 
 def test_bad_rows_of_parquet_are_named(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     texts = pyarrow.array([b"ok", b"\xff\xfe", None, b"", b"a\0"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
@@ -499,7 +499,7 @@ def test_bad_rows_of_parquet_are_named(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match="run: pip install pyarrow"):
+    with pytest.raises(UserError, match=r"run: pip install 'exitwise\[parquet\]'"):
         load_prompts(tmp_path / "a.parquet")
 
 

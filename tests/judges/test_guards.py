@@ -406,10 +406,8 @@ def test_the_command_judges_with_several(tiny_folder, checkpoints, tmp_path, cap
 
 
 def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
-    from exitwise.measure.metrics import METRICS, compute_metrics
+    from exitwise.measure.metrics import compute_metrics
 
-    if "unsafe" not in METRICS["asr"][1]:
-        pytest.skip("metrics.py does not know the labels of guards yet")
     run = write_run(tmp_path / "run", HARMLESS + HARMFUL)
     verdicts = judge_run(run, "wildguard", judging(checkpoints("wildguard")))
     samples, completions = (

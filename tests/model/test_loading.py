@@ -114,7 +114,7 @@ def test_no_image_processor(folder_of, tmp_path):
 
 def test_few_bits_need_a_package(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install bitsandbytes"):
+    with pytest.raises(UserError, match=r"bitsandbytes.*pip install 'exitwise\[quantise\]'"):
         quantisation("int4", "cpu", FAMILIES["llava"])
     assert quantisation("bfloat16", "cpu", FAMILIES["llava"]) == {}
 

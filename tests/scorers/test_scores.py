@@ -1,6 +1,5 @@
 """Scores: numbers that are never dropped, never averaged over two scorers, and the same after any kill."""
 
-import importlib.util
 import json
 import os
 import random
@@ -559,7 +558,6 @@ def test_another_reward_under_the_same_name_is_refused(run):
 
 
 def test_a_published_reward_model_through_the_loader(run, tmp_path):
-    pytest.importorskip("exitwise.rewards.models")
     tiny = TinyReward()
     folder = tmp_path / "rm"
     tiny.model.save_pretrained(folder)
@@ -569,10 +567,9 @@ def test_a_published_reward_model_through_the_loader(run, tmp_path):
     assert all(s.value is not None for s in scores)
 
 
-def test_detoxify_is_named_with_its_install_command():
-    if importlib.util.find_spec("detoxify"):
-        pytest.skip("detoxify is installed")
-    with pytest.raises(UserError, match=r"pip install detoxify==0\.5\.4"):
+def test_detoxify_is_named_with_its_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "detoxify", None)
+    with pytest.raises(UserError, match=r"pip install 'exitwise\[toxicity\]'"):
         make_scorer("detoxify", trust_remote_code=True)
 
 

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicCache
 from ..engines.prefix import Features, Row
 from ..engines.whole import answered, batch_inputs
 from ..errors import UserError
+from ..model.compat import CACHE, checkpoint_activations
 from ..model.vlm import Vlm
 
 
@@ -191,7 +192,7 @@ class Policy(nn.Module):
             position_ids=(real.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=True,
             **_pictures(self.vlm, distinct, features),
-        ).past_key_values
+        )[CACHE]
         cache = DynamicCache()
         for number_of_layer, layer in enumerate(filled.layers):
             cache.update(layer.keys[index], layer.values[index], number_of_layer)

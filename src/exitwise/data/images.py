@@ -193,7 +193,7 @@ def _photograph(name: str) -> Path:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)  # does not import it
     if spec is None or spec.origin is None:
-        raise _ImageFaultError(f"needs the package {package}, which is not installed; run: pip install exitwise")
+        raise _ImageFaultError(f"needs the package {package}, which comes with exitwise; run: pip install exitwise")
     return Path(spec.origin).parent
 
 

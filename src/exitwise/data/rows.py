@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 MAX_BYTES = 256 * 2**20
@@ -176,9 +176,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(
-            f"{show(path)} is a Parquet file, which needs the package pyarrow; run: pip install pyarrow"
-        ) from None
+        raise missing_package(f"the Parquet file {show(path)}", "pyarrow", "parquet") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

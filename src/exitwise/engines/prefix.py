@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ..model.compat import CACHE
 from ..model.vlm import Vlm
 from ..run.records import Completion
 from . import whole
@@ -162,7 +163,7 @@ def _prefill(vlm: Vlm, chunk: list[tuple], features: Features) -> dict[tuple, tu
         **vlm.family.placed(vlm.model, [features(image, exit) for image, exit, _ in chunk]),
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
+    )[CACHE]
     store = [(layer.keys, layer.values) for layer in cache.layers]
     return {prefix: (store, i) for i, prefix in enumerate(chunk)}
 

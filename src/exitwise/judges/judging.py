@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from .. import __version__
 from ..data.images import Roots, load_image
 from ..errors import UserError
 from ..run import directory
@@ -162,7 +163,8 @@ def _begin(folder: Path, name: str, model: str, judging: Judging) -> list[Verdic
             )
         return verdicts
     directory.write_atomic(path, "")
-    versions = {package: metadata.version(package) for package in ("exitwise", "torch", "transformers", "tokenizers")}
+    packages = ("torch", "transformers", "tokenizers")
+    versions = {"exitwise": __version__} | {package: metadata.version(package) for package in packages}
     directory.write_json(card, identity | {"versions": versions})
     return []
 

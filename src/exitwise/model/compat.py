@@ -74,6 +74,6 @@ def missing_vision_package(message: str) -> str | None:
     return named[0] if named else None
 
 
-def vision_requirement() -> str:
-    """What to give pip for the extra `vision`: it names the installed torch, which pip would otherwise replace."""
-    return f"'exitwise[vision]' torch=={Version(metadata.version('torch')).public}"
+def installed_torch() -> str:
+    """`torch==…` of the installed torch: pip replaces torch for a newer torchvision unless it is named."""
+    return f"torch=={Version(metadata.version('torch')).public}"

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
+from .compat import installed_torch, missing_vision_package
 from .families import Family
 from .quiet import quiet
 
@@ -65,7 +66,7 @@ def quantisation(dtype: str, device: str, family: Family) -> dict[str, Any]:
 
         kind = Int8WeightOnlyConfig() if bits == 8 else Int4WeightOnlyConfig()
         return {"quantization_config": TorchAoConfig(kind, modules_to_not_convert=keep)}
-    raise UserError(f"--dtype {dtype} needs bitsandbytes or torchao; run: pip install bitsandbytes")
+    raise missing_package(f"--dtype {dtype}", "bitsandbytes (or torchao)", "quantise")
 
 
 def adapter_folder(path: str | Path) -> str | Path:
@@ -139,6 +140,8 @@ def loading_errors(name: str):
                 f"{name} is gated: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN to a token "
                 "of that account"
             ) from error
+        if package := missing_vision_package(said):
+            raise missing_package(f"the processor of {name}", package, "vision", installed_torch()) from error
         raise UserError(
             f"cannot load {name!r} ({said[:200]}); expected 'testbed', a folder with config.json, "
             "model.safetensors and a processor, or a hub id you may read (HF_TOKEN for gated ones)"

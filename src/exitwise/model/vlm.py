@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from ..errors import UserError
+from .compat import check_model_type, check_transformers
 from .families import FAMILIES, PLAIN_PROMPT, Family, absolute, check_family, family_of, find_blocks, shares_prefix
 from .loading import QUANTISED, adapter_folder, loading_errors, other_base, placement, quantisation, with_adapter
 from .processing import Layout, Picture, Prompt, hollow, played
@@ -220,8 +221,10 @@ def load_vlm(
         builtin, source = shipped(TESTBEDS[source]), str(base_folder(say))
     torch_dtype: Any = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     small = dtype in QUANTISED
+    check_transformers()
     with quiet(), loading_errors(str(name)):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_model_type(str(name), config.model_type)
         family = check_family(str(name), config)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
         if not hasattr(processor, "image_processor"):

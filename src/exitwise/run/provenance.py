@@ -4,8 +4,11 @@ import hashlib
 import platform
 import subprocess
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from .. import __version__
 
 
 def fingerprint(vlm: Any) -> str:
@@ -21,7 +24,6 @@ def environment(vlm: Any) -> dict[str, Any]:
     import torch
 
     packages = (
-        "exitwise",
         "torch",
         "transformers",
         "peft",
@@ -39,7 +41,10 @@ def environment(vlm: Any) -> dict[str, Any]:
         check=False,
     )
     return {
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {"exitwise": __version__}
+        | {name: metadata.version(name) for name in packages}
+        | {"torchvision": metadata.version("torchvision") if find_spec("torchvision") else None},
+        "processor": _processor_classes(vlm),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(vlm.device) if vlm.device.type == "cuda" else "cpu",
@@ -47,3 +52,9 @@ def environment(vlm: Any) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "git": git.stdout.strip() if git.returncode == 0 else None,
     }
+
+
+def _processor_classes(vlm: Any) -> list[str] | None:
+    """Classes of the processor and its image processor, which depend on torchvision; None for a text model."""
+    processor = getattr(vlm, "processor", None)
+    return processor and [type(processor).__name__, type(processor.image_processor).__name__]

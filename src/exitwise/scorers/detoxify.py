@@ -6,12 +6,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, missing_package
 from ..model.quiet import quiet
 from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
 
-INSTALL = "pip install detoxify==0.5.4"
 MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 
 
@@ -32,7 +31,7 @@ class DetoxifyScorer:
         try:
             from detoxify import Detoxify
         except ImportError as error:
-            raise UserError(f"the scorer detoxify needs a package that is missing ({error.name}): {INSTALL}") from None
+            raise missing_package("the scorer detoxify", error.name or "detoxify", "toxicity") from None
         if not trust_remote_code:
             raise UserError(
                 "detoxify's checkpoints are pickle files, which can run code when they are loaded; give "

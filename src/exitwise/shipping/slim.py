@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from .. import __version__
 from ..data.images import load_image
 from ..errors import UserError
 from ..model.costs import exit_costs
@@ -77,7 +77,7 @@ def slim(config: SlimConfig, out: Path, progress: Progress | None = None) -> Pat
     dtype = _dtype(config)
     _cast(vlm.model, dtype)
     note = {
-        "made_by": f"exitwise {version('exitwise')}",
+        "made_by": f"exitwise {__version__}",
         "source": config.model,
         "adapter": config.adapter,
         "source_sha256": identity,
