@@ -125,7 +125,7 @@ def main(config: Config) -> None:
     images = {name: load_image(name, None) for name in names}
     prompts = [s.prompt for s in builtin_benign("test")][: config.prompts]
     samples = [Sample(f"p{i}", p, "benign", names[i % len(names)]) for i, p in enumerate(prompts)]
-    requests = [prefix.Request(s, e) for s in samples for e in range(vlm.n_blocks + 1)]
+    requests = [prefix.ExitRequest(s, e) for s in samples for e in range(vlm.n_blocks + 1)]
     engine(vlm, requests[:26], images, Config(new_tokens=4))  # warm-up
     speed = matrix_speed()
     (ours, rows), seconds = timed(engine, vlm, requests, images, config)

@@ -255,7 +255,10 @@ def whole(tiny_folder, material, tmp_path_factory):
 def test_scores_are_shaped_row_by_row():
     """Worked by hand: a refused harmless request at its cost, then the clip, then the penalty for no end."""
     asked = [("harmful", "refused"), ("benign", "refused"), ("benign", "answered"), ("benign", "incoherent")]
-    rows = [prefix.Row(prefix.Request(Sample(str(i), "x", kind, ""), 1), (), ()) for i, (kind, _) in enumerate(asked)]
+    rows = [
+        prefix.TokenRow(prefix.ExitRequest(Sample(str(i), "x", kind, ""), 1), (), ())
+        for i, (kind, _) in enumerate(asked)
+    ]
     done = [Completion(str(i), 1, "x", (5,), finish) for i, finish in enumerate(("stop", "length", "stop", "length"))]
     rollout = Rollout(
         Answers(rows, torch.zeros(4, 1), torch.ones(4, 1)), done, [label for _, label in asked],

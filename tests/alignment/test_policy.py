@@ -25,7 +25,7 @@ from exitwise.alignment.rollout import (
     score,
     select,
 )
-from exitwise.engines.prefix import Decoding, Request, make_rows
+from exitwise.engines.prefix import Decoding, ExitRequest, make_rows
 from exitwise.model.exits import exit_at
 from exitwise.model.features import FeatureFiles
 from exitwise.run.clock import Clock
@@ -60,7 +60,9 @@ class Stage:
 
     def answers(self, plan, seed=0):
         """`plan`: (prompt, image, exit, length of the response) per row; the responses are random tokens."""
-        requests = [Request(Sample(f"s{i}", p, "harmful", image), exit) for i, (p, image, exit, _) in enumerate(plan)]
+        requests = [
+            ExitRequest(Sample(f"s{i}", p, "harmful", image), exit) for i, (p, image, exit, _) in enumerate(plan)
+        ]
         generator = torch.Generator().manual_seed(seed)
         tokens = [torch.randint(4, 260, (n,), generator=generator).tolist() for *_, n in plan]
         return as_answers(self.policy, requests, tokens, self.features)
@@ -319,7 +321,7 @@ def test_greedy_answers_are_those_of_generate(stage):
     """Of the adapted model, token for token, at every exit."""
     asked = [*zip(PROMPTS, (*stage.pictures, "coffee", ""), strict=True)]
     requests = [
-        Request(Sample(f"{exit}{i}", prompt, "harmful", image), exit)
+        ExitRequest(Sample(f"{exit}{i}", prompt, "harmful", image), exit)
         for exit in (0, 1, 3, 4)
         for i, (prompt, image) in enumerate(asked)
     ]
@@ -342,7 +344,7 @@ def test_sampled_tokens_are_as_likely_as_the_policy_says(clip):
     stage = clip(moved=True)
     n = 400
     stage.vlm.model.lm_head.weight.mul_(0.2)  # less peaked, so that there is something to compare
-    requests = [Request(Sample(f"s{i}", PROMPTS[0], "harmful", "coffee"), 1) for i in range(n)]
+    requests = [ExitRequest(Sample(f"s{i}", PROMPTS[0], "harmful", "coffee"), 1) for i in range(n)]
     drawn = [c.tokens[0] for c in answer(stage.policy, requests, stage.features, Decoding(1, temperature=1.0))]
     counts = torch.bincount(torch.tensor(drawn), minlength=260)
     top = counts.argsort(descending=True)[:6].tolist()
@@ -392,7 +394,7 @@ class LengthReward:
 
 
 def test_a_rollout_holds_what_an_update_needs(stage, tmp_path):
-    requests = [Request(Sample(f"s{i}", p, "harmful", "coffee"), 1 + i % 2) for i, p in enumerate(PROMPTS)]
+    requests = [ExitRequest(Sample(f"s{i}", p, "harmful", "coffee"), 1 + i % 2) for i, p in enumerate(PROMPTS)]
     clock = Clock(tmp_path / "timing.json")
     found = roll_out(stage.policy, requests, stage.features, Decoding(4, 1.0), LengthReward(), 2, clock)
     assert set(clock.phases) == {"rollout", "scoring", "log-probabilities"}
@@ -440,7 +442,7 @@ def test_the_matcher_rewards_refusals():
 
 
 def test_a_prompt_longer_than_the_context_is_named(stage):
-    long = Request(Sample("long", "x " * 600, "harmful", "coffee"), 1)
+    long = ExitRequest(Sample("long", "x " * 600, "harmful", "coffee"), 1)
     rows = make_rows(stage.vlm, [*(row.request for row in stage.answers(PLAN).rows), long], stage.features.n_tokens)
     with pytest.raises(UserError, match=r"\(long\) takes \d+ tokens .* context is 1024"):
         check_context(stage.vlm, rows, 8)

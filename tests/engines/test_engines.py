@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exitwise import Sample, exit_at, exit_features
-from exitwise.engines.prefix import Decoding, Request, _Batch, answer_wave, make_plan, make_rows, perplexities
+from exitwise.engines.prefix import Decoding, ExitRequest, _Batch, answer_wave, make_plan, make_rows, perplexities
 
 GREEDY = Decoding(12)
 QUESTIONS = ("Hi.", "What is this?", "Name two colours, and say at length why.", "é ü 漢字?", "x" * 60, "No image here")
@@ -14,7 +14,7 @@ QUESTIONS = ("Hi.", "What is this?", "Name two colours, and say at length why.",
 def requests(tiny):
     names = ["coffee", "chelsea", "", "astronaut", "coffee", ""]
     samples = [Sample(f"s{i}", q, "benign", names[i]) for i, q in enumerate(QUESTIONS)]
-    return [Request(sample, exit) for sample in samples for exit in range(tiny.n_blocks + 1)]
+    return [ExitRequest(sample, exit) for sample in samples for exit in range(tiny.n_blocks + 1)]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from exitwise import UserError, exit_at, exit_costs
-from exitwise.model.costs import Mark, parts_of
+from exitwise.model.costs import PassMark, parts_of
 from tests.conftest import PATCH, SIDE, tiny_llava
 
 WIDTH, MLP, PATCHES, BLOCKS = 16, 32, (SIDE // PATCH) ** 2, 4
@@ -136,11 +136,11 @@ def test_blocks_that_run_tile_by_tile_are_summed():
         ("prefill", 20, -1),
         ("end", 50, -1),
     ]
-    parts = parts_of([Mark(*place) for place in places], 2)
+    parts = parts_of([PassMark(*place) for place in places], 2)
     assert parts == (1, [4, 8], 7, 30)  # between the tiles and after them: 7
     assert parts.at(1) == {"encoder": 5, "projector": 7, "prefill": 30, "total": 42}
 
 
 def test_an_encoder_that_does_not_run():
     with pytest.raises(UserError, match="did not run"):
-        parts_of([Mark("start", 0), Mark("prefill", 1), Mark("end", 2)], 2)
+        parts_of([PassMark("start", 0), PassMark("prefill", 1), PassMark("end", 2)], 2)

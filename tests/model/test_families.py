@@ -20,7 +20,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from exitwise import Sample, UserError, encode, exit_at, exit_features
 from exitwise.alignment.policy import Policy, drop_encoder
 from exitwise.engines import whole
-from exitwise.engines.prefix import Decoding, Request, answer_wave, make_plan, make_rows, memory_limits, perplexities
+from exitwise.engines.prefix import (
+    Decoding,
+    ExitRequest,
+    answer_wave,
+    make_plan,
+    make_rows,
+    memory_limits,
+    perplexities,
+)
 from exitwise.model.costs import PROMPT, exit_costs, request_inputs
 from exitwise.model.exit_names import fused
 from exitwise.model.exits import replay
@@ -60,7 +68,7 @@ def features(vlm, images):
 
 @pytest.fixture(scope="module")
 def rows(vlm, images):
-    requests = [Request(Sample(key, text, "benign", name), exit) for key, text, name in QUESTIONS for exit in EXITS]
+    requests = [ExitRequest(Sample(key, text, "benign", name), exit) for key, text, name in QUESTIONS for exit in EXITS]
     layouts = {name: layout(vlm, image) for name, image in images.items()}
     return make_rows(vlm, requests, layouts.__getitem__)
 
@@ -187,7 +195,7 @@ def test_sampling_depends_on_the_request_and_the_seed_only(name, images):
     vlm = tiny(name)
     table = {key: exit_features(vlm, image, [1]) for key, image in images.items()}
     features = lambda key, exit: table[key][exit]
-    requests = [Request(Sample(key, text, "benign", image), 1) for key, text, image in QUESTIONS]
+    requests = [ExitRequest(Sample(key, text, "benign", image), 1) for key, text, image in QUESTIONS]
     rows = make_rows(vlm, requests, lambda key: layout(vlm, images[key]))
     warm = Decoding(4, temperature=1.5, top_p=0.9, seed=3)  # few draws: one can lie within rounding of a boundary
     drawn = answers(vlm, rows, features, 64, warm)
@@ -200,7 +208,7 @@ def test_sampling_depends_on_the_request_and_the_seed_only(name, images):
 def test_padding_changes_nothing(vlm, images, features):
     """The logits of a short row beside a long one, by the route of whole rows, which every family can go."""
     short, long = Sample("s", "Hi.", "benign", "small"), Sample("l", "Why? " * 30, "benign", "wide")
-    rows = make_rows(vlm, [Request(short, 2), Request(long, 3)], lambda name: layout(vlm, images[name]))
+    rows = make_rows(vlm, [ExitRequest(short, 2), ExitRequest(long, 3)], lambda name: layout(vlm, images[name]))
     last = [first_logits(vlm, batch, features) for batch in (rows[:1], rows)]
     torch.testing.assert_close(last[0][0], last[1][0], rtol=0, atol=2e-4)
     assert (last[1][0] - last[1][1]).abs().max() > 1e-2
@@ -217,7 +225,7 @@ def test_what_cross_attention_keeps_of_an_image_is_counted(images, monkeypatch):
     """mllama's prompt has one token for an image, and some layers hold keys and values of every patch: 6,404 of them in
     Llama 3.2 Vision."""
     vlm, free = TINY["mllama"](), 40_000_000
-    row = make_rows(vlm, [Request(Sample("s", "Hi.", "benign", "wide"), 1)], lambda name: layout(vlm, images[name]))
+    row = make_rows(vlm, [ExitRequest(Sample("s", "Hi.", "benign", "wide"), 1)], lambda name: layout(vlm, images[name]))
     inputs = whole.batch_inputs(vlm, row, lambda name, exit: exit_features(vlm, images[name], [exit])[exit])
     states = inputs["cross_attention_states"]
     cache = vlm.model(**inputs, use_cache=True).past_key_values
@@ -249,7 +257,9 @@ def test_the_policy_s_log_probabilities_are_those_of_generate(name, images):
     vlm = TINY[name]()
     features = {(image, exit): exit_features(vlm, images[image], [exit])[exit] for image in images for exit in (1, 3)}
     layouts = {image: layout(vlm, images[image]) for image in images}
-    requests = [Request(Sample(key, text, "benign", image), exit) for key, text, image in QUESTIONS for exit in (1, 3)]
+    requests = [
+        ExitRequest(Sample(key, text, "benign", image), exit) for key, text, image in QUESTIONS for exit in (1, 3)
+    ]
     rows = make_rows(vlm, requests, layouts.__getitem__)
     get = lambda image, exit: features[image, exit]
     policy = Policy(vlm, 2, 4.0, critic=False)

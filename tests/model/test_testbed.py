@@ -17,7 +17,7 @@ from exitwise.model.testbed import parts
 def answers(vlm, samples, exits, tokens=16):
     """{(sample id, exit): label of the judge `refusal`}."""
     features = {name: exit_features(vlm, load_image(name, None), exits) for name in {s.image for s in samples}}
-    rows = prefix.make_rows(vlm, [prefix.Request(s, e) for s in samples for e in exits], lambda name: 36)
+    rows = prefix.make_rows(vlm, [prefix.ExitRequest(s, e) for s in samples for e in exits], lambda name: 36)
     table, found = {s.id: s for s in samples}, {}
     for wave in prefix.make_plan(rows, 128, 10**6):
         for _, part in prefix.answer_wave(vlm, wave, lambda n, e: features[n][e], prefix.Decoding(tokens)):
@@ -64,7 +64,7 @@ def test_default_exit_is_plain_generate(testbed):
     image = load_image("photo:rocket", None)
     sample = Sample("a", "How do I boil an egg?", "benign", "photo:rocket")
     features = exit_features(testbed, image, (3, 11))
-    rows = prefix.make_rows(testbed, [prefix.Request(sample, 11), prefix.Request(sample, 3)], lambda name: 36)
+    rows = prefix.make_rows(testbed, [prefix.ExitRequest(sample, 11), prefix.ExitRequest(sample, 3)], lambda name: 36)
     (wave,) = prefix.make_plan(rows, 8, 10**6)
     (found,) = dict(prefix.answer_wave(testbed, wave, lambda n, e: features[e], prefix.Decoding(12))).values()
     inputs = testbed.processor(images=image, text=testbed.chat(sample.prompt), return_tensors="pt")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ..data import images
 from ..data.selection import load_samples, photographs_of
-from ..engines.prefix import Request
+from ..engines.prefix import ExitRequest
 from ..errors import UserError
 from ..model.exit_names import parse_exits
 from ..run.records import Sample
@@ -118,7 +118,7 @@ def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
     return Exits(trained, held, default)
 
 
-def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: dict[int, float]) -> list[Request]:
+def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: dict[int, float]) -> list[ExitRequest]:
     """The requests of a step: `batch_size` of them, a sample's id ending in its place in the batch.
 
     Args:
@@ -133,12 +133,12 @@ def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: di
         for sample in _turn(pool, count, step, config.seed)
     ]
     pictures = rng.sample(pools.pictures, min(len(pools.pictures), -(-len(chosen) // PROMPTS_PER_IMAGE)))
-    requests: list[Request] = []
+    requests: list[ExitRequest] = []
     for sample in chosen:
         image = rng.choice(pictures) if sample.image in pools.pictures else sample.image
         for exit in _exits_for(sample, config, exits, weights, rng):
             for _ in range(copies):
-                requests.append(Request(replace(sample, id=f"{sample.id}#{len(requests)}", image=image), exit))
+                requests.append(ExitRequest(replace(sample, id=f"{sample.id}#{len(requests)}", image=image), exit))
     return requests
 
 
@@ -203,11 +203,11 @@ def _exits_for(
     return [rng.choice(exits.trained)]
 
 
-def probe(config: AlignConfig, pools: Pools, exits: Exits, n: int) -> list[Request]:
+def probe(config: AlignConfig, pools: Pools, exits: Exits, n: int) -> list[ExitRequest]:
     """Fixed harmful requests at the trained exits, for measuring the return before and after each update."""
     rng = random.Random(f"{config.seed}/probe")
     return [
-        Request(
+        ExitRequest(
             replace(
                 s, id=f"{s.id}#probe{i}", image=rng.choice(pools.pictures) if s.image in pools.pictures else s.image
             ),
@@ -217,13 +217,13 @@ def probe(config: AlignConfig, pools: Pools, exits: Exits, n: int) -> list[Reque
     ]
 
 
-def audited(config: AlignConfig, pools: Pools, exits: Exits) -> list[Request]:
+def audited(config: AlignConfig, pools: Pools, exits: Exits) -> list[ExitRequest]:
     """What a small audit asks, at each trained exit: the prompts of --validation, or some harmful training prompts."""
     rng = random.Random(f"{config.seed}/audit")
     kept = [
         replace(s, image=rng.choice(pools.pictures)) if s.image in pools.pictures else s for s in pools.validation
     ] or [r.sample for r in probe(config, pools, exits, config.eval_prompts)]
-    return [Request(sample, exit) for exit in exits.trained for sample in kept]
+    return [ExitRequest(sample, exit) for exit in exits.trained for sample in kept]
 
 
 def image_loaders(names: Sequence[str], roots: Mapping[str, Path]) -> dict:

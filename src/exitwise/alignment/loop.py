@@ -25,7 +25,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..data.prompts import builtin_refusals
-from ..engines.prefix import Decoding, Request
+from ..engines.prefix import Decoding, ExitRequest
 from ..errors import UserError
 from ..run import directory
 from ..run.progress import Progress, Silent
@@ -120,7 +120,7 @@ def train_step(bench: Bench, state: State, out: Path) -> tuple[dict[str, Any], l
     return {"step": state.step + 1, **evaluated, **metrics}, answers
 
 
-def reinforce(bench: Bench, state: State, requests: list[Request], out: Path) -> tuple[dict, list[dict]]:
+def reinforce(bench: Bench, state: State, requests: list[ExitRequest], out: Path) -> tuple[dict, list[dict]]:
     """L-PPO, or GRPO on the same rollout."""
     config = bench.config
     probed = bench.config.probe and config.method == "l-ppo"
@@ -170,7 +170,7 @@ def reinforce(bench: Bench, state: State, requests: list[Request], out: Path) ->
     ]
 
 
-def imitate(bench: Bench, state: State, requests: list[Request]) -> tuple[dict, list[dict]]:
+def imitate(bench: Bench, state: State, requests: list[ExitRequest]) -> tuple[dict, list[dict]]:
     """SFT on targets, or DPO of targets against what the model itself would have said."""
     config = bench.config
     with bench.clock.phase("rollout"):
@@ -247,7 +247,7 @@ def update(bench: Bench, state: State, answers: Answers, n: int, loss_of: Loss) 
 # ------------------------------------------------------------------------------------------------ rollouts and targets
 
 
-def collect(bench: Bench, requests: list[Request], temperature: float, state: State, out: Path) -> Rollout:
+def collect(bench: Bench, requests: list[ExitRequest], temperature: float, state: State, out: Path) -> Rollout:
     """The rollout of all processes, each having answered its share of the requests.
 
     Raises:
@@ -288,7 +288,7 @@ def shape_scores(config: AlignConfig, rollout: Rollout) -> torch.Tensor:
     return scores
 
 
-def targets(bench: Bench, state: State, requests: list[Request]) -> list[tuple[list[int], list[int]]]:
+def targets(bench: Bench, state: State, requests: list[ExitRequest]) -> list[tuple[list[int], list[int]]]:
     """(good, bad) token ids per request: a refusal and the model's own answer for harmful requests, the other way round
     for harmless ones, the accepted answer and another one for VQA. "The model" is the one before training."""
     rng = random.Random(f"{bench.config.seed}/targets/{state.step}")

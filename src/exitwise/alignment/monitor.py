@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ..engines.prefix import Decoding, Request
+from ..engines.prefix import Decoding, ExitRequest
 from ..judges.refusal import judge_completion
 from . import batches
 from .rollout import Rollout, answer, roll_out, score
@@ -16,7 +16,7 @@ SmallAudit = dict[str, dict[int, float]]
 """{measure: {trained exit: share}}"""
 
 
-def watch(requests: Sequence[Request], rollout: Rollout) -> dict[str, float | None]:
+def watch(requests: Sequence[ExitRequest], rollout: Rollout) -> dict[str, float | None]:
     """What the sampled answers are like, by the refusal judge; None where a batch has no such request."""
     pairs = list(zip(requests, rollout.labels, strict=True))
     share = lambda kind, labels: _mean([label in labels for r, label in pairs if r.sample.kind == kind])
@@ -65,7 +65,7 @@ def estimate_regret(bench: Bench) -> dict[str, Any]:
     config = bench.config
     n = config.best_of
     base = batches.probe(config, bench.pools, bench.exits, max(8, config.probe))
-    requests = [Request(replace(r.sample, id=f"{r.sample.id}~{k}"), r.exit) for r in base for k in range(n)]
+    requests = [ExitRequest(replace(r.sample, id=f"{r.sample.id}~{k}"), r.exit) for r in base for k in range(n)]
     scores = {}
     decoding = Decoding(config.max_new_tokens, 1.0, 1.0, config.seed + 1)
     samples = [r.sample for r in requests]

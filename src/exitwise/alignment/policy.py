@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from ..engines.prefix import Features, Row
+from ..engines.prefix import Features, TokenRow
 from ..engines.whole import answered, batch_inputs
 from ..errors import UserError
 from ..model.compat import CACHE, checkpoint_activations
@@ -77,7 +77,7 @@ class Policy(nn.Module):
 
     def forward(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[TokenRow],
         responses: torch.Tensor,
         mask: torch.Tensor,
         features: Features,
@@ -113,7 +113,7 @@ class Policy(nn.Module):
         return Outputs(spread(chosen), spread(surprise), values)
 
     def _hidden(
-        self, rows: Sequence[Row], responses: torch.Tensor, mask: torch.Tensor, features: Features
+        self, rows: Sequence[TokenRow], responses: torch.Tensor, mask: torch.Tensor, features: Features
     ) -> torch.Tensor:
         """(B, T, D): the state before each response token."""
         device = responses.device
@@ -151,7 +151,7 @@ class Policy(nn.Module):
         return states.gather(1, index.clamp(max=longest - 1)[..., None].expand(-1, -1, states.shape[-1]))
 
     def _whole(
-        self, rows: Sequence[Row], responses: torch.Tensor, valid: torch.Tensor, features: Features
+        self, rows: Sequence[TokenRow], responses: torch.Tensor, valid: torch.Tensor, features: Features
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(M, D) states and (M, V) logits that predict the response tokens, every row computed whole by the model's own
         forward, left-padded: for families whose positions, masks or layers depend on the image."""
@@ -175,7 +175,7 @@ class Policy(nn.Module):
         place = kept - 1 - valid.sum(dim=1)[row] + token  # the last of the T + 1 predicts what nobody said
         return states[row, place], logits[row, place].float()
 
-    def _heads(self, rows: Sequence[Row], features: Features) -> tuple[DynamicCache, torch.Tensor]:
+    def _heads(self, rows: Sequence[TokenRow], features: Features) -> tuple[DynamicCache, torch.Tensor]:
         """Keys and values of every row's head, left-padded, each distinct head computed once; its mask."""
         number: dict[tuple, int] = {}
         index = torch.tensor([number.setdefault(row.prefix, len(number)) for row in rows], device=self.vlm.device)
@@ -232,7 +232,7 @@ def _shards(policy: nn.Module) -> list[Any]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def _pictures(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str, Any]:
+def _pictures(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, Any]:
     """The image features of the rows, in their order, as the model takes them."""
     found = [features(row.request.sample.image, row.request.exit) for row in rows]
     return vlm.family.placed(vlm.model, found) if found else {}
@@ -257,7 +257,7 @@ def drop_encoder(vlm: Vlm) -> None:
         setattr(holder, name, _Gone(getattr(holder, name)))
 
 
-def check_context(vlm: Vlm, rows: Sequence[Row], max_new_tokens: int) -> None:
+def check_context(vlm: Vlm, rows: Sequence[TokenRow], max_new_tokens: int) -> None:
     """Raises UserError where the longest row with its answer exceeds the model's context."""
     longest = max(rows, key=lambda row: len(row.head) + len(row.tail))
     needed = len(longest.head) + len(longest.tail) + max_new_tokens

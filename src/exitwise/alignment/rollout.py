@@ -31,7 +31,7 @@ class Scores(Protocol):
 class Answers(NamedTuple):
     """Responses to requests, in their order, ready for `Policy`."""
 
-    rows: list[prefix.Row]
+    rows: list[prefix.TokenRow]
     responses: torch.Tensor  # (B, T) token ids, right-padded
     mask: torch.Tensor  # (B, T)
 
@@ -47,7 +47,7 @@ class Rollout(NamedTuple):
 
 
 def answer(
-    policy: Policy, requests: Sequence[prefix.Request], features: FeatureFiles, decoding: prefix.Decoding
+    policy: Policy, requests: Sequence[prefix.ExitRequest], features: FeatureFiles, decoding: prefix.Decoding
 ) -> list[Completion]:
     """Completions in the order of the requests, whose sample ids must differ."""
     if not requests:
@@ -62,7 +62,7 @@ def answer(
 
 
 def as_answers(
-    policy: Policy, requests: Sequence[prefix.Request], tokens: Sequence[Sequence[int]], features: FeatureFiles
+    policy: Policy, requests: Sequence[prefix.ExitRequest], tokens: Sequence[Sequence[int]], features: FeatureFiles
 ) -> Answers:
     """Token ids of the answers, padded."""
     rows = prefix.make_rows(policy.vlm, requests, features.layout)
@@ -155,7 +155,7 @@ class MatcherReward:
 
 def roll_out(
     policy: Policy,
-    requests: Sequence[prefix.Request],
+    requests: Sequence[prefix.ExitRequest],
     features: FeatureFiles,
     decoding: prefix.Decoding,
     reward: Scores,

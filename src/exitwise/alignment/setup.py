@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from ..engines.prefix import Request, make_rows
+from ..engines.prefix import ExitRequest, make_rows
 from ..errors import UserError
 from ..model.exit_names import name_of
 from ..model.features import FeatureFiles, writing
@@ -98,7 +98,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         vlm, config.lora_rank, config.lora_alpha,
         critic=config.method == "l-ppo", gradient_checkpointing=config.gradient_checkpointing,
     )  # fmt: skip
-    everything = [Request(s, exits.trained[0]) for s in _asked(pools)]
+    everything = [ExitRequest(s, exits.trained[0]) for s in _asked(pools)]
     check_context(vlm, make_rows(vlm, everything, features.layout), config.max_new_tokens)
     spec = config.reward if config.method in ("l-ppo", "grpo") else "matcher"
     reward = load_scores(spec, policy, config.reward_template)

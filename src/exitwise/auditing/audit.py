@@ -204,7 +204,7 @@ def generate(
     samples, unasked = _askable(vlm, samples)
     _tell_skipped([f"{name}: {reason}" for name, reason in unasked.items()], progress)
     directory.write_atomic(out / "samples.jsonl", directory.to_lines(samples))
-    requests = [prefix.Request(sample, exit) for sample in samples for exit in exits]
+    requests = [prefix.ExitRequest(sample, exit) for sample in samples for exit in exits]
     rows = prefix.make_rows(vlm, requests, features.layout)
     plan = _plan(plan_path, config, vlm, exits, rows, unasked)
     if costs and not (out / "costs.json").exists():

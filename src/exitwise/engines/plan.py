@@ -21,7 +21,7 @@ MAX_PREFIX_TOKENS = 1 << 16  # of a wave; a cap that most machines reach makes t
 Features = Callable[[str, int], torch.Tensor]  # (image name, exit) -> (P, H)
 
 
-class Request(NamedTuple):
+class ExitRequest(NamedTuple):
     sample: Sample
     exit: int
 
@@ -36,10 +36,10 @@ class Decoding:
     seed: int = 0
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """A request with its tokens: `head` up to and including the last image token, `tail` the rest."""
 
-    request: Request
+    request: ExitRequest
     head: tuple[int, ...]
     tail: tuple[int, ...]
     extras: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never written)
@@ -55,10 +55,10 @@ class Wave(NamedTuple):
     """Prefixes that are in memory together, in the chunks they are computed in, and the batches that read them."""
 
     chunks: list[list[tuple]]
-    batches: list[list[Row]]
+    batches: list[list[TokenRow]]
 
 
-def make_rows(vlm: Vlm, requests: Sequence[Request], layout: Callable[[str], Layout | int]) -> list[Row]:
+def make_rows(vlm: Vlm, requests: Sequence[ExitRequest], layout: Callable[[str], Layout | int]) -> list[TokenRow]:
     """Tokenises each distinct sample once.
 
     Args:
@@ -74,17 +74,17 @@ def make_rows(vlm: Vlm, requests: Sequence[Request], layout: Callable[[str], Lay
             last = max((i + 1 for i, token in enumerate(ids) if token == vlm.image_token_id), default=0)
             split = last if vlm.shares_prefix else 0
             parts[sample.id] = tuple(ids[:split]), tuple(ids[split:]), extras
-        rows.append(Row(request, *parts[sample.id]))
+        rows.append(TokenRow(request, *parts[sample.id]))
     return rows
 
 
-def make_plan(rows: Sequence[Row], batch_size: int, prefix_tokens: int) -> list[Wave]:
+def make_plan(rows: Sequence[TokenRow], batch_size: int, prefix_tokens: int) -> list[Wave]:
     """Waves of at most `prefix_tokens` prefix tokens; in a wave, batches of like length.
 
     The order depends on nothing but the rows: prefixes by image and exit, rows by the length of their question.
     """
     first_seen = {image: i for i, image in reversed(list(enumerate(row.request.sample.image for row in rows)))}
-    by_prefix: dict[tuple, list[Row]] = {}
+    by_prefix: dict[tuple, list[TokenRow]] = {}
     for row in rows:
         by_prefix.setdefault(row.prefix, []).append(row)
     prefixes = sorted(by_prefix, key=lambda p: (first_seen[p[0]], p[1], len(p[2]), p[2]))

@@ -22,9 +22,9 @@ from .plan import (
     MAX_BATCH_CPU,
     PREFILL_TOKENS,
     Decoding,
+    ExitRequest,
     Features,
-    Request,
-    Row,
+    TokenRow,
     Wave,
     make_plan,
     make_rows,
@@ -35,9 +35,9 @@ from .sampling import choose, completion, generator_of, stop_ids
 __all__ = [
     "MAX_BATCH_CPU",
     "Decoding",
+    "ExitRequest",
     "Features",
-    "Request",
-    "Row",
+    "TokenRow",
     "Wave",
     "answer_wave",
     "make_plan",
@@ -79,7 +79,7 @@ class _Layer(DynamicLayer):
 class _Batch:
     """The rows that are being decoded."""
 
-    def __init__(self, vlm: Vlm, rows: list[Row], prefixes: dict, decoding: Decoding):
+    def __init__(self, vlm: Vlm, rows: list[TokenRow], prefixes: dict, decoding: Decoding):
         self.vlm, self.rows, self.decoding = vlm, rows, decoding
         self.heads = max(len(row.head) for row in rows)
         tails = max(len(row.tail) for row in rows)
@@ -136,7 +136,7 @@ class _Batch:
         self.generators = [self.generators[i] for i in keep] if self.generators else []
 
 
-def _by_store(rows: list[Row], prefixes: dict) -> list[tuple[list, list[int], list[int]]]:
+def _by_store(rows: list[TokenRow], prefixes: dict) -> list[tuple[list, list[int], list[int]]]:
     """(keys and values of a chunk, lines of the batch that read it, their rows there)."""
     found: dict[int, tuple[list, list[int], list[int]]] = {}
     for line, row in enumerate(rows):

@@ -7,7 +7,7 @@ import torch
 
 from ..model.vlm import Vlm
 from ..run.records import Completion
-from .plan import Decoding, Request, Row
+from .plan import Decoding, ExitRequest, TokenRow
 
 
 def choose(logits: torch.Tensor, decoding: Decoding, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -31,7 +31,7 @@ def choose(logits: torch.Tensor, decoding: Decoding, generators: Sequence[torch.
     return (places if order is None else order.gather(1, places))[:, 0]
 
 
-def generator_of(request: Request, seed: int) -> torch.Generator:
+def generator_of(request: ExitRequest, seed: int) -> torch.Generator:
     """A generator that depends on the request and the seed only, so that batching cannot change what is drawn."""
     digest = hashlib.sha256(f"{seed}\0{request.sample.id}\0{request.exit}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -44,7 +44,7 @@ def stop_ids(vlm: Vlm) -> set[int]:
     return set(ids) if isinstance(ids, list) else {ids}
 
 
-def completion(vlm: Vlm, row: Row, ids: list[int], stop: set[int]) -> Completion:
+def completion(vlm: Vlm, row: TokenRow, ids: list[int], stop: set[int]) -> Completion:
     """The record of a row's answer."""
     text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
     finish = "stop" if ids and ids[-1] in stop else "length"

@@ -17,11 +17,11 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from ..model.vlm import Vlm
 from ..run.records import Completion
-from .plan import Decoding, Features, Row
+from .plan import Decoding, Features, TokenRow
 from .sampling import choose, completion, generator_of, stop_ids
 
 
-def answer_batch(vlm: Vlm, rows: Sequence[Row], features: Features, decoding: Decoding) -> list[Completion]:
+def answer_batch(vlm: Vlm, rows: Sequence[TokenRow], features: Features, decoding: Decoding) -> list[Completion]:
     """Completions of the rows, in their order."""
     inputs = batch_inputs(vlm, rows, features)
     stop = stop_ids(vlm)
@@ -39,7 +39,7 @@ def answer_batch(vlm: Vlm, rows: Sequence[Row], features: Features, decoding: De
     return [completion(vlm, row, _until(ids, stop), stop) for row, ids in zip(rows, answers, strict=True)]
 
 
-def batch_inputs(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str, Any]:
+def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, Any]:
     """What `generate` takes for these rows: ids and mask (B, T), the family's extras, features of the rows' images."""
     whole = [row.head + row.tail for row in rows]
     longest, device = max(map(len, whole)), vlm.device
@@ -66,7 +66,7 @@ def batch_inputs(vlm: Vlm, rows: Sequence[Row], features: Features) -> dict[str,
     return inputs
 
 
-def answered(vlm: Vlm, row: Row, answer: Sequence[int]) -> Row:
+def answered(vlm: Vlm, row: TokenRow, answer: Sequence[int]) -> TokenRow:
     """The row with an answer behind its prompt, for a forward over both.
 
     What the family takes beside ids goes on as in `generate`: an answer is text, read from left to right, and sees of
@@ -84,7 +84,7 @@ def answered(vlm: Vlm, row: Row, answer: Sequence[int]) -> Row:
     return row._replace(tail=row.tail + tuple(answer), extras=extras)
 
 
-def _per_token(name: str, rows: Sequence[Row], longest: int, device: torch.device) -> torch.Tensor | None:
+def _per_token(name: str, rows: Sequence[TokenRow], longest: int, device: torch.device) -> torch.Tensor | None:
     """(B, T, ...) values of the rows, zeros where they are padded; None where no row has more than zeros to say."""
     given = [row.extras.get(name) for row in rows]
     shape = max((value.shape[2:] for value in given if value is not None), key=len, default=None)
@@ -107,7 +107,7 @@ def _until(ids: list[int], stop: set[int]) -> list[int]:
 class _Draw(LogitsProcessor):
     """Makes greedy decoding take the token that the row's own generator draws."""
 
-    def __init__(self, rows: Sequence[Row], decoding: Decoding):
+    def __init__(self, rows: Sequence[TokenRow], decoding: Decoding):
         self.decoding = decoding
         self.generators = [generator_of(row.request, decoding.seed) for row in rows]
 

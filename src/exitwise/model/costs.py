@@ -35,7 +35,7 @@ REPETITIONS, LEAST, BUDGET = 9, 3, 2.0
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch 2.13 counts it as nothing
 
 
-class Mark(NamedTuple):
+class PassMark(NamedTuple):
     """What a pass read when it came by: `start`, `enter` or `leave` a block, `prefill`, `end`."""
 
     place: str
@@ -128,12 +128,12 @@ def request_inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
     return made.to(vlm.device, vlm.model.dtype)
 
 
-def _pass(vlm: Vlm, inputs: Any, read: Callable[[], Any]) -> list[Mark]:
+def _pass(vlm: Vlm, inputs: Any, read: Callable[[], Any]) -> list[PassMark]:
     """One pass through all blocks up to the first new token; `read` is called at every mark."""
-    marks: list[Mark] = []
+    marks: list[PassMark] = []
 
     def marker(place: str, block: int = -1) -> Callable[..., None]:
-        return lambda *_, **__: marks.append(Mark(place, read(), block))
+        return lambda *_, **__: marks.append(PassMark(place, read(), block))
 
     hooks = [vlm.model.get_decoder().register_forward_pre_hook(marker("prefill"))]
     for index, block in enumerate(vlm.blocks):
@@ -150,7 +150,7 @@ def _pass(vlm: Vlm, inputs: Any, read: Callable[[], Any]) -> list[Mark]:
     return marks
 
 
-def parts_of(marks: Sequence[Mark], n_blocks: int) -> Parts:
+def parts_of(marks: Sequence[PassMark], n_blocks: int) -> Parts:
     """Differences between the marks of a pass. A block that runs several times (tile by tile) costs their sum.
 
     What runs between a block and the next one, such as a tap of its state, is that block's.
@@ -246,7 +246,7 @@ def _time(vlm: Vlm, inputs: Any, repetitions: int) -> list[Parts]:
     return passes
 
 
-def _clocked(vlm: Vlm, inputs: Any) -> list[Mark]:
+def _clocked(vlm: Vlm, inputs: Any) -> list[PassMark]:
     """The marks of a pass in seconds; on a GPU by events on its stream, so that nothing waits at a mark."""
     if vlm.device.type != "cuda":
         return _pass(vlm, inputs, time.perf_counter)

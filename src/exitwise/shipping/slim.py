@@ -45,7 +45,7 @@ LEGACY_TOWERS = ("clip_vision_model", "siglip_vision_model")
 transformers reads the shorter one too."""
 
 
-class Answers(NamedTuple):
+class CheckAnswers(NamedTuple):
     """What a model says in the check, one entry a question: logits (T, V) of the prompt, greedy tokens."""
 
     logits: list[torch.Tensor]
@@ -197,7 +197,7 @@ def savings(vlm: Vlm, exit: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def answers(model: Any, processor: Any, chat: Any) -> Answers:
+def answers(model: Any, processor: Any, chat: Any) -> CheckAnswers:
     """What a model answers to the questions of the check, greedily.
 
     Args:
@@ -213,10 +213,10 @@ def answers(model: Any, processor: Any, chat: Any) -> Answers:
         logits.append(model(**inputs).logits[0].float().cpu())
         said = model.generate(**inputs, max_new_tokens=CHECK_TOKENS, do_sample=False)
         tokens.append(said[0, inputs["input_ids"].shape[1] :].tolist())
-    return Answers(logits, tokens)
+    return CheckAnswers(logits, tokens)
 
 
-def compare(wanted: Answers, got: Answers) -> dict[str, Any]:
+def compare(wanted: CheckAnswers, got: CheckAnswers) -> dict[str, Any]:
     """How far the slim model is from the full one at the exit.
 
     Raises:
@@ -236,7 +236,7 @@ def compare(wanted: Answers, got: Answers) -> dict[str, Any]:
     return {"questions": len(CHECKS), "tokens": n_tokens, "largest_logit": scale, "largest_difference": apart}
 
 
-def _reference(vlm: Vlm, exit: int, dtype: torch.dtype) -> Answers:
+def _reference(vlm: Vlm, exit: int, dtype: torch.dtype) -> CheckAnswers:
     """The full model at the exit, in float32 and with the weights as they will be saved."""
     _cast(vlm.model, torch.float32)
     try:
