@@ -37,9 +37,12 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from exitwise.data.preferences import Preference, load_preferences
 from exitwise.model.testbed.parts import base_folder
+from exitwise.rewards.card import card
 from exitwise.rewards.config import RewardConfig
-from exitwise.rewards.models import load_reward
-from exitwise.rewards.training import card, evaluate, split_by_prompt, table, train_reward
+from exitwise.rewards.evaluation import evaluate, table
+from exitwise.rewards.loading import load_reward
+from exitwise.rewards.pairs import split_by_prompt
+from exitwise.rewards.training import train_reward
 from exitwise.run import directory
 
 
@@ -173,9 +176,9 @@ def ship(config: RewardConfig, run: Path, held_out: list[Preference], counts: Co
         save_file(tensors, target / name)
     for name in ("adapter_config.json", "reward.json"):
         shutil.copy(run / name, target / name)
-    metrics = evaluate(load_reward("builtin"), held_out)
-    (target / "README.md").write_text(card(config, metrics, counts) + NOTE)
-    print(table(metrics))
+    measures = evaluate(load_reward("builtin"), held_out)
+    (target / "README.md").write_text(card(config, measures, counts) + NOTE)
+    print(table(measures))
 
 
 def main(config: Config) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model.vlm import Vlm, describe, load_vlm
     from .report import write_report
     from .rewards.config import RewardConfig
-    from .rewards.models import load_reward
+    from .rewards.loading import load_reward
     from .rewards.training import train_reward
     from .run.records import Completion, Sample, Score, Verdict
     from .scorers import make_scorer, score_run
@@ -52,7 +52,7 @@ _MODULES = {
     "load_vlm": "model.vlm",
     "write_report": "report",
     "RewardConfig": "rewards.config",
-    "load_reward": "rewards.models",
+    "load_reward": "rewards.loading",
     "train_reward": "rewards.training",
     "Completion": "run.records",
     "Sample": "run.records",

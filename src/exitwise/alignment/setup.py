@@ -147,7 +147,7 @@ def load_scores(spec: str, policy: Policy, template: str | None) -> Scores:
     """Who scores harmful requests."""
     if spec == "matcher":
         return MatcherReward()
-    from ..rewards.models import load_reward
+    from ..rewards.loading import load_reward
 
     return load_reward(spec, policy.vlm, policy.peft_model, template=template)
 

@@ -268,9 +268,9 @@ class TableCommand:
 
 @dataclass(frozen=True)
 class RewardTrain:
-    """Train a reward model on pairs of answers (HH-RLHF format, or rows with prompt, chosen, rejected).
+    """Train a reward model on preference pairs (HH-RLHF format, or rows with prompt, chosen, rejected).
 
-    Started again with the same arguments, a stopped training goes on where it was.
+    The same command again resumes a stopped training.
     """
 
     config: tyro.conf.OmitArgPrefixes[RewardConfig]
@@ -278,7 +278,8 @@ class RewardTrain:
     """The run directory; without it, runs/reward-<name of the backbone>."""
 
     def run(self) -> None:
-        from ..rewards.training import table, train_reward
+        from ..rewards.evaluation import table
+        from ..rewards.training import train_reward
 
         out = self.out or Path("runs") / f"reward-{Path(self.config.backbone).resolve().name}"
         with _Bar() as bar:
@@ -289,42 +290,29 @@ class RewardTrain:
 
 @dataclass(frozen=True)
 class RewardEval:
-    """Measure a reward model on pairs: accuracy, margin and calibration, in all and by category."""
+    """Evaluate a reward model on preference pairs: accuracy, margin and calibration, overall and by category."""
 
     reward: Annotated[str, tyro.conf.Positional]
     """builtin, a folder made by `exitwise reward train`, or the hub id of a published reward model."""
     pairs: tuple[str, ...]
-    """Files of preference pairs, or data sets on the hub such as Anthropic/hh-rlhf:harmless-base/test."""
+    """Files of preference pairs, or hub data sets such as Anthropic/hh-rlhf:harmless-base/test."""
     template: str | None = None
-    """How a published reward model wants its texts, where its id is not known: human-assistant or question."""
+    """Text format of a published reward model whose id is not known: human-assistant or question."""
     limit: int | None = None
-    """Take only so many pairs of each file."""
+    """Largest number of pairs read from each file."""
     out: Path | None = None
-    """A JSON file for the figures."""
+    """JSON file to write the figures to."""
 
     def run(self) -> None:
-        from ..data.preferences import load_preferences
-        from ..rewards.models import load_reward
-        from ..rewards.training import evaluate, table
+        from ..rewards.evaluation import evaluate_reward, table
 
-        if not self.pairs:
-            raise UserError("--pairs got nothing; expected files of preference pairs, or hub ids")
-        if self.out and self.out.is_dir():
-            raise UserError(f"--out got {self.out}, which is a folder; expected a JSON file for the figures")
-        loaded = [load_preferences(source, self.limit) for source in self.pairs]
-        for line in (line for source in loaded for line in source.skipped):
-            print(f"skipped {line}", file=sys.stderr)
-        pairs = [pair for source in loaded for pair in source.pairs]
-        metrics = evaluate(load_reward(self.reward, template=self.template), pairs)
-        print(table(metrics))
-        if self.out:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            directory.write_json(self.out, metrics)
+        with _Bar() as bar:
+            print(table(evaluate_reward(self.reward, self.pairs, self.template, self.limit, self.out, bar)))
 
 
 @dataclass(frozen=True)
 class Reward:
-    """Train or measure a reward model: what reinforcement learning is to raise."""
+    """Train or evaluate a reward model, whose score reinforcement learning maximises."""
 
     command: (
         Annotated[RewardTrain, tyro.conf.subcommand("train", prefix_name=False)]

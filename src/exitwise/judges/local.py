@@ -6,16 +6,13 @@ This is the classifier score of Llama Guard (Inan et al. 2023) and of ShieldGemm
 over the whole vocabulary stands beside it.
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +25,7 @@ from transformers import (
 )
 
 from ..errors import UserError
+from ..model.loading import TEXT_MODEL, loading_errors
 from ..model.quiet import quiet
 from .guards import Request
 from .parsing import Parsed, unscored
@@ -224,7 +222,7 @@ def load(
         UserError: it is not there, may not be read, or lacks weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with quiet(), _loading_errors(str(name)):
+    with quiet(), loading_errors(str(name), f"for --judge-model {TEXT_MODEL}"):
         AutoConfig.from_pretrained(name)  # before the tokenizer, whose message for a wrong name is a riddle
         processor = (AutoProcessor if reads_image else AutoTokenizer).from_pretrained(name)
         loader: Any = AutoModelForImageTextToText if reads_image else AutoModelForCausalLM
@@ -238,21 +236,6 @@ def load(
         if lost:
             raise UserError(f"the weights of {name} are not whole: {len(lost)} missing or misshapen, first {lost[0]}")
     return LocalModel(model.to(device).eval().requires_grad_(False), processor, words, marks, reads_image)
-
-
-@contextmanager
-def _loading_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        token = "" if os.environ.get("HF_TOKEN") else "; HF_TOKEN is not set, and most guards are gated"
-        raise UserError(
-            f"cannot load the judge {name!r} ({first[:200]}); give --judge-model a folder, or a hub id you may read"
-            f"{token}"
-        ) from error
 
 
 def _parts(text: str, with_image: bool) -> list[dict[str, str]]:

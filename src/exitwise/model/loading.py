@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ QUANTISED = {"int8": 8, "int4": 4}
 """Values of dtype that load the language model with so many bits a weight."""
 GATED = ("gated repo", "GatedRepo", "Access to model", "awaiting a review")
 """Words of errors of the hub where a licence or a token is missing."""
+TEXT_MODEL = (
+    "a folder with config.json, model.safetensors and a tokenizer, or a hub id you may read (HF_TOKEN for gated ones)"
+)
+"""What `loading_errors` says is expected where a text model is loaded."""
+VISION_MODEL = f"'testbed', {TEXT_MODEL.replace('tokenizer', 'processor')}"
 SPREAD = "spread"
 """Value of device that spreads a model over all GPUs."""
 
@@ -122,27 +128,36 @@ def with_adapter(model: Any, path: str | Path, merge: bool = True) -> Any:
                 )
             return adapted.merge_and_unload(safe_merge=True) if merge else adapted.get_base_model()
     except (RuntimeError, ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the adapter {path} does not fit this model ({first}); give one trained on it") from error
+        message = f"the adapter {path} does not fit this model ({first_line(error)}); give one trained on it"
+        raise UserError(message) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters; its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextmanager
-def loading_errors(name: str):
-    """Turns what transformers raises for a model that cannot be had into one line."""
+def loading_errors(name: str, expected: str = VISION_MODEL) -> Iterator[None]:
+    """Turns what transformers raises for a model that cannot be loaded into one line.
+
+    Args:
+        expected: what the user may give instead.
+
+    Raises:
+        UserError: for any exception of the block.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # whatever a broken checkpoint makes transformers raise
-        said = " ".join(str(error).split()) or type(error).__name__
+        cause = " ".join(str(error).split()) or type(error).__name__
         if any(word in str(error) for word in GATED):
             raise UserError(
                 f"{name} is gated: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN to a token "
                 "of that account"
             ) from error
-        if package := missing_vision_package(said):
+        if package := missing_vision_package(cause):
             raise missing_package(f"the processor of {name}", package, "vision", installed_torch()) from error
-        raise UserError(
-            f"cannot load {name!r} ({said[:200]}); expected 'testbed', a folder with config.json, "
-            "model.safetensors and a processor, or a hub id you may read (HF_TOKEN for gated ones)"
-        ) from error
+        raise UserError(f"cannot load {name!r} ({cause[:200]}); expected {expected}") from error

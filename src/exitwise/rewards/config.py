@@ -10,44 +10,45 @@ from ..errors import UserError, check_ranges
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What a reward model is trained on, and how; every field lands in config.json."""
+    """Options of `exitwise reward train`; every field is written to config.json."""
 
     backbone: Positional[str]
-    """testbed, a folder or a hub id: a vision-language model (its language model is taken) or a text model."""
+    """Model to train on: testbed, a folder or a hub id of a text model, or of a vision-language model, whose language
+    model is used."""
     pairs: tuple[str, ...]
-    """Files of preference pairs, or data sets on the hub such as Anthropic/hh-rlhf:harmless-base."""
+    """Files of preference pairs, or hub data sets such as Anthropic/hh-rlhf:harmless-base."""
     held_out: tuple[str, ...] = ()
-    """Files of pairs to measure on; without any, a share of the prompts is kept out of training."""
+    """Files of pairs to evaluate on. Default: --held-out-share of the prompts in --pairs, which are not trained on."""
     held_out_share: float = 0.15
-    """That share; every pair of a prompt goes the same way."""
+    """Share of the prompts held out, each with all its pairs; unused with --held-out."""
     limit: int | None = None
-    """Take only so many pairs of each file."""
+    """Largest number of pairs read from each file."""
     tuning: str = "lora"
-    """lora (an adapter; shares the policy's backbone) or full (all weights of the language model)."""
+    """lora (an adapter, which shares the policy's backbone) or full (all weights of the language model)."""
     rank: int = 8
-    """Of LoRA; its scale is twice the rank."""
+    """LoRA rank; LoRA's alpha is twice the rank."""
     lr: float | None = None
-    """Peak learning rate of AdamW; without it, 1e-3 for lora and 1e-5 for full."""
+    """Peak learning rate of AdamW. Default: 1e-3 for lora, 1e-5 for full."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; then it falls to 0 as a cosine."""
+    """Share of the steps with a rising learning rate; after them it falls to 0 along a cosine."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = 1.0
-    """Longer gradients are cut to this."""
+    """Gradients are clipped to this norm."""
     epochs: int = 1
-    """Times every pair is seen. Reward models overfit soon: more than one is seldom better."""
+    """Passes over the pairs. Reward models overfit quickly: more than one is rarely better."""
     batch_size: int = 16
-    """Pairs of an optimizer step."""
+    """Pairs in one optimizer step."""
     micro_tokens: int = 1024
-    """Tokens of one forward and backward pass, padding included; bounds the memory, and changes no gradient."""
+    """Largest number of tokens in one forward and backward pass, padding included. Limits memory, not the gradient."""
     max_length: int = 512
-    """Tokens of a dialogue with its answer; of what is longer the end is kept."""
+    """Largest number of tokens of a dialogue with its answer; of a longer one the end is kept."""
     checkpoint_every: int = 20
-    """Steps."""
+    """Optimizer steps between two checkpoints."""
     seed: int = 0
-    """Of the split, the order of the pairs and the adapter's first weights."""
+    """Random seed of the split, the order of the pairs and the adapter's initial weights."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto is the first GPU if there is one, else the CPU."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range."""

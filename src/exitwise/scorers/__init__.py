@@ -50,7 +50,7 @@ def make_scorer(
 
         return VqaV2("official" if name == "vqa-v2" else "always")
     if name.startswith("reward:") and name != "reward:":
-        from ..rewards.models import load_reward
+        from ..rewards.loading import load_reward
         from .reward import RewardScorer
 
         spec = name.removeprefix("reward:")

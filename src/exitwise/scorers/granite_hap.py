@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Sequence
 
 from ..errors import UserError
+from ..model.loading import TEXT_MODEL, loading_errors
 from ..model.quiet import quiet
 from ..run.records import Completion, Sample
 from .base import About, Mark, Pair
@@ -27,17 +28,11 @@ class GraniteHap:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         name = model or HUB_ID
-        with quiet():
-            try:
-                self.tokenizer = AutoTokenizer.from_pretrained(name)
-                self.model, info = AutoModelForSequenceClassification.from_pretrained(
-                    name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-                )
-            except (OSError, ValueError) as error:
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise UserError(
-                    f"cannot load the classifier {name} ({first}); expected a folder or a hub id with safetensors"
-                ) from None
+        with quiet(), loading_errors(name, TEXT_MODEL):
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model, info = AutoModelForSequenceClassification.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
         if lost := sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]}):
             raise UserError(f"the weights of {name} are not whole: {len(lost)} missing or misshapen, first {lost[0]}")
         if self.model.config.num_labels != 2:
