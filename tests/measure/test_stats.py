@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from exitwise.measure.stats import (
     cluster_bootstrap,
@@ -46,6 +47,14 @@ def test_wilson_by_hand():
         assert interval.value == successes / n
         assert (interval.low, interval.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
         assert interval[3:] == (successes, n)
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.9])
+def test_wilson_is_scipy_s_to_the_last_bit(confidence):
+    for n in (1, 2, 7, 48, 263, 2000):
+        for successes in {0, 1, n // 3, n // 2, n - 1, n}:
+            expected = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+            assert wilson(successes, n, confidence)[1:3] == (expected.low, expected.high)
 
 
 def test_wilson_of_nothing_is_nothing():
