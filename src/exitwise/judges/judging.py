@@ -9,14 +9,13 @@ A question about a text that was judged before (refusals repeat over the exits) 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from .. import __version__
 from ..data.images import Roots, load_image
 from ..errors import UserError
 from ..run import directory
+from ..run.provenance import versions
 from ..run.records import Completion, Sample, Verdict
 from . import rubric
 from .endpoint import Endpoint, check_address, shares
@@ -163,9 +162,7 @@ def _begin(folder: Path, name: str, model: str, judging: Judging) -> list[Verdic
             )
         return verdicts
     directory.write_atomic(path, "")
-    packages = ("torch", "transformers", "tokenizers")
-    versions = {"exitwise": __version__} | {package: metadata.version(package) for package in packages}
-    directory.write_json(card, identity | {"versions": versions})
+    directory.write_json(card, identity | {"versions": versions("torch", "transformers", "tokenizers")})
     return []
 
 

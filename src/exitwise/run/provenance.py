@@ -4,7 +4,6 @@ import hashlib
 import platform
 import subprocess
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,17 @@ def fingerprint(vlm: Any) -> str:
     for name, tensor in vlm.model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.double().sum().item():.9e}".encode())
     return digest.hexdigest()
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """The version of exitwise and of each package, None where it is not installed."""
+    found: dict[str, str | None] = {"exitwise": __version__}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def environment(vlm: Any) -> dict[str, Any]:
@@ -32,6 +42,7 @@ def environment(vlm: Any) -> dict[str, Any]:
         "pillow",
         "scikit-image",
         "easy-vqa",
+        "torchvision",
     )
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -41,9 +52,7 @@ def environment(vlm: Any) -> dict[str, Any]:
         check=False,
     )
     return {
-        "versions": {"exitwise": __version__}
-        | {name: metadata.version(name) for name in packages}
-        | {"torchvision": metadata.version("torchvision") if find_spec("torchvision") else None},
+        "versions": versions(*packages),
         "processor": _processor_classes(vlm),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
