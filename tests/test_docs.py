@@ -151,6 +151,19 @@ def test_pages_named_by_the_package_exist():
     assert not [page for page in named if not (ROOT / page).is_file()]
 
 
+def test_python_files_named_by_the_pages_exist():
+    named = {
+        (page.name, path)
+        for page in PAGES
+        for path in re.findall(r"`(?:python )?([\w-]+/[\w/.-]+\.py)\b", page.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 12
+    missing = [
+        (page, path) for page, path in named if not any((ROOT / at / path).is_file() for at in ("", "src/exitwise"))
+    ]
+    assert not missing
+
+
 def anchors_of(page):
     """Ids of the headings of a page, as Python-Markdown makes them."""
     headings = re.findall(
