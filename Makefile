@@ -1,5 +1,6 @@
 # make demo: environment, audit of the built-in VLM, report.   make test: all tests.   make check: lint, types, docs.
 # make test-lowest, make test-newest: the core tests with the oldest and the newest packages.   make build: wheel, sdist.
+# make docs: the documentation site, in build/site.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 CORE := tests/model tests/engines tests/measure tests/alignment tests/auditing tests/report tests/comparison tests/shipping
 NEWEST ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test check env test-lowest test-newest build
+.PHONY: demo test check docs env test-lowest test-newest build
 .DEFAULT_GOAL := demo
 
 env: $(VENV)/.ready
@@ -34,6 +35,15 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_layers.py
+
+# Into .venv, which the demo and the tests use too: the pages of the commands are what `exitwise --help` prints.
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(BIN)/python $(PIP) -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
 
 .venv-lowest/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest
