@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from exitwise import UserError, encode, exit_at, exit_features, parse_exits
-from exitwise.model.exit_names import band_exits, fused, name_of, ranges
+from exitwise.model.exit_names import band_exits, ranges
 from exitwise.model.exits import replay
+from exitwise.run.exit import Exit
 from tests.conftest import tiny_llava
 
 
@@ -87,9 +88,9 @@ def test_parse_exits():
     assert parse_exits("all", 4, 3) == (0, 1, 2, 3, 4)
     assert parse_exits("default, 0-1", 4, 3) == (0, 1, 3)
     assert parse_exits("late,2", 12, 11) == (2, 9, 10, 11, 12)
-    assert parse_exits("3+10+1, 2", 12, 11) == (2, fused([1, 3, 10]))
-    assert [name_of(e) for e in (7, fused([0, 3, 10]))] == ["7", "0+3+10"]
-    assert ranges([1, 2, 5, fused([1, 3])]) == "1-2, 5, 1+3"
+    assert parse_exits("3+10+1, 2", 12, 11) == (2, Exit([1, 3, 10]))
+    assert [str(e) for e in (7, Exit([0, 3, 10]))] == ["7", "0+3+10"]
+    assert ranges([1, 2, 5, Exit([1, 3])]) == "1-2, 5, 1+3"
     for wrong in ("3+13", "3+3", "3+", "25", "-1", "", "3-2", "first", "1.5", "0-13"):
         with pytest.raises(UserError, match="exit"):
             parse_exits(wrong, 12, 11)

@@ -30,9 +30,9 @@ from exitwise.engines.prefix import (
     perplexities,
 )
 from exitwise.model.costs import PROMPT, exit_costs, request_inputs
-from exitwise.model.exit_names import fused
 from exitwise.model.exits import replay
 from exitwise.model.families import FAMILIES, find_blocks, truncated_config
+from exitwise.run.exit import Exit
 from tests.families import BLOCKS, NOT_HERE, TINY
 
 DECODING = Decoding(8)
@@ -303,7 +303,7 @@ def test_a_fused_exit_is_the_mean_of_its_states(vlm, images):
     inputs = vlm.picture(images["wide"]).inputs
     states = encode(vlm, inputs)
     for layers in ((1, 3), (0, 2, BLOCKS)):
-        exit = fused(layers)
+        exit = Exit(layers)
         if not vlm.family.averages:
             with pytest.raises(UserError, match="takes several of its own"):
                 exit_features(vlm, images["wide"], [exit])
@@ -322,18 +322,18 @@ def test_a_connector_of_several_layers_takes_a_fused_exit(images):
     vlm = TINY["llava"](feature_layer=[1, -2])
     assert (vlm.default_exit, vlm.takes_layers) == (3, 2)
     image, inputs = images["wide"], vlm.picture(images["wide"]).inputs
-    found = exit_features(vlm, image, [2, 3, fused([1, 3]), fused([0, 4])])
+    found = exit_features(vlm, image, [2, 3, Exit([1, 3]), Exit([0, 4])])
     plain = joined(vlm.family, vlm.model, inputs)
-    for exit in (3, fused([1, 3])):
+    for exit in (3, Exit([1, 3])):
         torch.testing.assert_close(found[exit], plain, rtol=0, atol=1e-6)
     native = vlm.model.get_image_features(**inputs, vision_feature_layer=[0, 4]).pooler_output[0]
-    torch.testing.assert_close(found[fused([0, 4])], native, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[Exit([0, 4])], native, rtol=0, atol=1e-6)
     torch.testing.assert_close(found[2], joined(vlm.family, truncated(vlm, 2), inputs), rtol=0, atol=1e-6)
-    with exit_at(vlm, fused([0, 4])):
+    with exit_at(vlm, Exit([0, 4])):
         torch.testing.assert_close(native, joined(vlm.family, vlm.model, inputs), rtol=0, atol=1e-6)
     torch.testing.assert_close(plain, joined(vlm.family, vlm.model, inputs), rtol=0, atol=0)
     with pytest.raises(UserError, match="takes 2"):
-        exit_features(vlm, image, [fused([0, 2, 4])])
+        exit_features(vlm, image, [Exit([0, 2, 4])])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (20_000, 40)])

@@ -15,6 +15,7 @@ from ..data.selection import load_samples, photographs_of
 from ..engines.prefix import ExitRequest
 from ..errors import UserError
 from ..model.exit_names import parse_exits
+from ..run.exit import Exit
 from ..run.records import Sample
 from .config import AlignConfig
 
@@ -36,9 +37,9 @@ class Pools(NamedTuple):
 
 
 class Exits(NamedTuple):
-    trained: tuple[int, ...]
-    held_out: tuple[int, ...]
-    default: int
+    trained: tuple[Exit, ...]
+    held_out: tuple[Exit, ...]
+    default: Exit
 
 
 def load_pools(config: AlignConfig) -> Pools:
@@ -100,7 +101,7 @@ def _keep(pool: list[Sample], n: int) -> list[Sample]:
     return [by_prompt[prompt] for prompt in prompts if prompt in kept]
 
 
-def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
+def choose_exits(config: AlignConfig, n_blocks: int, default: Exit | int) -> Exits:
     """Exits trained and held out.
 
     Raises:
@@ -115,10 +116,10 @@ def choose_exits(config: AlignConfig, n_blocks: int, default: int) -> Exits:
             f"--hold-out {config.hold_out} holds out the default exit {default}, at which --anchor trains; "
             "give --anchor 0 0, or leave that exit in"
         )
-    return Exits(trained, held, default)
+    return Exits(trained, held, Exit.of(default))
 
 
-def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: dict[int, float]) -> list[ExitRequest]:
+def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: dict[Exit, float]) -> list[ExitRequest]:
     """The requests of a step: `batch_size` of them, a sample's id ending in its place in the batch.
 
     Args:
@@ -191,8 +192,8 @@ def _turn(pool: list[Sample], count: int, step: int, seed: int) -> list[Sample]:
 
 
 def _exits_for(
-    sample: Sample, config: AlignConfig, exits: Exits, weights: dict[int, float], rng: random.Random
-) -> list[int]:
+    sample: Sample, config: AlignConfig, exits: Exits, weights: dict[Exit, float], rng: random.Random
+) -> list[Exit]:
     anchored = {"harmful": 0.0, "benign": config.anchor[0], "vqa": config.anchor[1]}[sample.kind]
     if rng.random() < anchored:
         return [exits.default] * (len(exits.trained) if config.schedule == "each" else 1)
@@ -231,7 +232,7 @@ def image_loaders(names: Sequence[str], roots: Mapping[str, Path]) -> dict:
     return {name: (lambda name=name: images.load_image(name, roots)) for name in names}
 
 
-def next_weights(weights: dict[int, float], asr: dict[int, float]) -> dict[int, float]:
+def next_weights(weights: dict[Exit, float], asr: dict[Exit, float]) -> dict[Exit, float]:
     """Multiplicative weights of the minimax game against the exits: w <- w * exp(asr), normalised.
 
     Each exit keeps a tenth of an even share, so that none is forgotten (Freund and Schapire, 1999, with mixing).

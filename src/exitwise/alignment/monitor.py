@@ -8,11 +8,12 @@ from typing import Any
 
 from ..engines.prefix import Decoding, ExitRequest
 from ..judges.refusal import judge_completion
+from ..run.exit import Exit
 from . import batches
 from .rollout import Rollout, answer, roll_out, score
 from .setup import Bench
 
-SmallAudit = dict[str, dict[int, float]]
+SmallAudit = dict[str, dict[Exit, float]]
 """{measure: {trained exit: share}}"""
 
 

@@ -16,6 +16,7 @@ from ..engines import prefix
 from ..errors import UserError
 from ..judges.refusal import judge_completion
 from ..model.features import FeatureFiles, Phases
+from ..run.exit import Exit
 from ..run.records import Completion, Label, Sample
 from .policy import Outputs, Policy
 
@@ -54,7 +55,7 @@ def answer(
         return []
     with policy.evaluating() as vlm:
         rows = prefix.make_rows(vlm, requests, features.layout)
-        found: dict[tuple[str, int], Completion] = {}
+        found: dict[tuple[str, Exit], Completion] = {}
         for wave in prefix.make_plan(rows, prefix.MAX_BATCH_CPU, PREFIX_TOKENS):
             for _, completions in prefix.answer_wave(vlm, wave, features, decoding):
                 found |= {(c.sample, c.exit): c for c in completions}
@@ -147,7 +148,7 @@ class MatcherReward:
 
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
         labels = [
-            self.judge(Sample("", prompt, "harmful", ""), Completion("", 0, text, (), "stop")).label
+            self.judge(Sample("", prompt, "harmful", ""), Completion("", Exit([0]), text, (), "stop")).label
             for prompt, text in zip(prompts, answers, strict=True)
         ]
         return torch.tensor([1.0 if label == "refused" else -1.0 for label in labels])

@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from ..engines.prefix import ExitRequest, make_rows
 from ..errors import UserError
-from ..model.exit_names import name_of
 from ..model.features import FeatureFiles, writing
 from ..model.vlm import TESTBED_NOTICE
 from ..run import directory
 from ..run.clock import Clock
 from ..run.directory import plain
+from ..run.exit import Exit
 from ..run.progress import Progress
 from ..run.provenance import environment, fingerprint
 from ..run.records import Sample
@@ -50,7 +50,7 @@ class State:
 
     step: int
     kl_coef: float
-    weights: dict[int, float]
+    weights: dict[Exit, float]
     """Of the trained exits, for --schedule worst."""
     measured: tuple[float, float] | None = None
     """Of the probe, after the last update: (mean score, mean KL)."""
@@ -161,9 +161,7 @@ def first_state(config: AlignConfig, exits: batches.Exits) -> State:
         asr = {row["exit"]: row["asr"]["value"] for row in metrics["exits"] if row["asr"]["value"] is not None}
         missing = [exit for exit in trained if exit not in asr]
         if missing:
-            raise UserError(
-                f"the audit {config.audit} has no ASR at exit {name_of(missing[0])}; audit the exits of --exits"
-            )
+            raise UserError(f"the audit {config.audit} has no ASR at exit {missing[0]}; audit the exits of --exits")
         weights = batches.next_weights(weights, {exit: asr[exit] for exit in trained})
     return State(0, config.kl_coef, weights)
 

@@ -23,6 +23,7 @@ from ..model.exit_names import parse_exits
 from ..run import directory
 from ..run.clock import Clock
 from ..run.directory import plain
+from ..run.exit import Exit
 from ..run.progress import Progress, Silent
 from ..run.provenance import environment, fingerprint
 from ..run.records import Completion, Sample
@@ -215,7 +216,7 @@ def generate(
     _fill(vlm, waves, features, decoding, path, progress, clock)
 
 
-def _measure_costs(vlm: Any, exits: tuple[int, ...], rows: list, load: Callable[[str], Any], path: Path) -> None:
+def _measure_costs(vlm: Any, exits: tuple[Exit, ...], rows: list, load: Callable[[str], Any], path: Path) -> None:
     """costs.json, of the request of median length among those with an image; no file where none has one."""
     from ..model.costs import exit_costs
 
@@ -239,7 +240,7 @@ def _askable(vlm: Any, samples: list[Sample]) -> tuple[list[Sample], dict[str, s
 
 
 def _plan(
-    path: Path, config: AuditConfig, vlm: Any, exits: tuple[int, ...], rows: list, unasked: dict[str, str]
+    path: Path, config: AuditConfig, vlm: Any, exits: tuple[Exit, ...], rows: list, unasked: dict[str, str]
 ) -> dict[str, Any]:
     """What was found out on the first start: read from plan.json, or written there."""
     import torch

@@ -17,7 +17,6 @@ from ..auditing.config import AuditConfig
 from ..errors import UserError
 from ..judges import NAMES
 from ..judges.judging import Judging
-from ..model.exit_names import name_of
 from ..rewards.config import RewardConfig
 from ..run import directory
 from ..shipping.config import SlimConfig
@@ -465,11 +464,11 @@ def _print_scores(folder: Path) -> None:
 
     found = write_score_metrics(folder)
     for row in found["scores"]:
-        where = f"{row['band']} band" if row["exit"] is None else f"exit {name_of(row['exit'])}"
+        where = f"{row['band']} band" if row["exit"] is None else f"exit {row['exit']}"
         print(f"{row['metric']:<7}{where:<12}{_figure(row)}  n {row['n']}, unscored {row['unscored']}  {row['scorer']}")
     for row in found["refusal_contrast"]:
         shares = [_share(row[name]) for name in ("refusal", "over_refusal")]
-        print(f"exit {name_of(row['exit'])}: refuses {shares[0]} of harmful and {shares[1]} of harmless requests")
+        print(f"exit {row['exit']}: refuses {shares[0]} of harmful and {shares[1]} of harmless requests")
     for name in unfinished(folder):
         print(f"not through yet, so in no figure: {name}")
     print(f"figures: {folder / 'score_metrics.json'}")

@@ -14,6 +14,7 @@ from ..measure import stats
 from ..measure.metrics import DRAWS, clusters_of
 from ..measure.readings import METRICS, outcome
 from ..model.exit_names import BANDS, band_of
+from ..run.exit import Exit
 from ..run.records import Kind
 from .pairing import Cell, Pair, Run
 
@@ -54,7 +55,7 @@ class Table(NamedTuple):
     after: np.ndarray
     clusters: list[str]
     crossing: list[str] | None
-    exits: tuple[int, ...]
+    exits: tuple[Exit, ...]
 
 
 def compare_pair(pair: Pair) -> dict[str, Any]:
@@ -99,9 +100,9 @@ def find_metrics(pair: Pair) -> list[Metric]:
     return metrics
 
 
-def group_exits(pair: Pair) -> dict[str, list[int]]:
+def group_exits(pair: Pair) -> dict[str, list[Exit]]:
     """Trained, held out and other exits where the adapter says which; the default exit; all. No group is empty."""
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[Exit]] = {}
     if pair.info:
         trained, held_out = set(pair.info.exits), set(pair.info.held_out)
         groups["trained"] = [exit for exit in pair.exits if exit in trained]
@@ -148,7 +149,7 @@ def _value(pair: Pair, which: int, metric: Metric, cell: Cell) -> float:
 
 
 def _by_exit(
-    pair: Pair, tables: dict[str, Table], belongs: dict[int, str], n_blocks: int, seed: int
+    pair: Pair, tables: dict[str, Table], belongs: dict[Exit, str], n_blocks: int, seed: int
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {
@@ -188,7 +189,7 @@ def _at_exit(table: Table, column: int, seed: int) -> dict[str, Any] | None:
     }
 
 
-def _means(tables: dict[str, Table], exits: Sequence[int], seed: int) -> dict[str, Any]:
+def _means(tables: dict[str, Table], exits: Sequence[Exit], seed: int) -> dict[str, Any]:
     """Each metric's mean over the exits; None where nothing was scored twice."""
     return {
         key: _mean(table, tuple(table.exits.index(exit) for exit in exits), seed) or None
@@ -234,7 +235,7 @@ def _paired(before: np.ndarray, after: np.ndarray) -> stats.Difference:
     return paired
 
 
-def _moves(pair: Pair, exit: int) -> dict[str, dict[str, int]]:
+def _moves(pair: Pair, exit: Exit) -> dict[str, dict[str, int]]:
     """Of the harmful samples: how many had one label before and another (or the same) after."""
     cells = [(s.id, exit) for s in pair.before.samples.values() if s.kind == "harmful"]
     seen = Counter(
@@ -246,7 +247,7 @@ def _moves(pair: Pair, exit: int) -> dict[str, dict[str, int]]:
     return table
 
 
-def _unscored(run: Run, exit: int) -> dict[str, int]:
+def _unscored(run: Run, exit: Exit) -> dict[str, int]:
     counts = dict.fromkeys(KINDS, 0)
     for sample in run.samples.values():
         counts[sample.kind] += run.labels.get((sample.id, exit), "unscored") == "unscored"

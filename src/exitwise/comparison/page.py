@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 
 from .. import report
-from ..model.exit_names import name_of
 from ..report import svg
 from ..report.html import digest, environment, p_value, percent, ranges
 from ..report.text import visible
@@ -79,7 +78,7 @@ def mark(entry: Mapping[str, Any] | None, better: str) -> str:
 def sections(figures: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, Mapping[str, Any]]]]]:
     """(what the rows are, [(name, row)]) for the tables: exits, bands, groups."""
     notes = {row["exit"]: names(row, figures["default_exit"]) for row in figures["by_exit"]}
-    yield "exit", [(f"{name_of(row['exit'])} {notes[row['exit']]}".rstrip(), row) for row in figures["by_exit"]]
+    yield "exit", [(f"{row['exit']} {notes[row['exit']]}".rstrip(), row) for row in figures["by_exit"]]
     for title, key in (("band", "bands"), ("group", "groups")):
         yield title, [(f"{row[title]} ({ranges(row['exits'])})", row) for row in figures[key]]
 
@@ -188,7 +187,7 @@ def _curves(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "exit": row["exit"],
                 **{which: entry[which] for which in ("before", "after")},
                 "mark": mark(entry, metric["better"]),
-                "note": f"exit {name_of(row['exit'])}: " + ", ".join(cells(entry, "share")),
+                "note": f"exit {row['exit']}: " + ", ".join(cells(entry, "share")),
             }
             for row in figures["by_exit"]
             if (entry := row[metric["key"]]) and metric["unit"] == "share"

@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..measure.readings import Reading, read_all
 from ..model.exit_names import ranges
 from ..run.directory import read_json, read_records
+from ..run.exit import Exit
 from ..run.records import Completion, Label, Sample, Verdict
 
 SETTINGS = ("max_new_tokens", "temperature", "top_p")
@@ -25,7 +26,7 @@ SAME_SAMPLE = ("prompt", "kind", "image", "answers")
 STAMPS = ("scorer", "backend", "version")
 """Fields of a score that say who gave it: figures of two scorers are never subtracted."""
 
-Cell = tuple[str, int]
+Cell = tuple[str, Exit]
 """(sample id, exit)"""
 
 QUANTITIES = ("toxicity", "reward", "accuracy")
@@ -61,8 +62,8 @@ class AdapterInfo(NamedTuple):
     """What alignment says of its adapter: the method, the exits it trained at, and those it left out on purpose."""
 
     method: str
-    exits: tuple[int, ...]
-    held_out: tuple[int, ...]
+    exits: tuple[Exit, ...]
+    held_out: tuple[Exit, ...]
 
 
 class Pair(NamedTuple):
@@ -70,7 +71,7 @@ class Pair(NamedTuple):
 
     before: Run
     after: Run
-    exits: tuple[int, ...]
+    exits: tuple[Exit, ...]
     scores: dict[str, Scores]
     """By scorer: values of BEFORE, values of AFTER; cells without a usable value are absent."""
     info: AdapterInfo | None
@@ -253,7 +254,7 @@ def read_scores(path: Path) -> tuple[dict[Cell, float], set[tuple[str, ...]]]:
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             row = json.loads(line)
-            cell, value = (str(row["sample"]), int(row["exit"])), row["value"]
+            cell, value = (str(row["sample"]), Exit.of(row["exit"])), row["value"]
             stamps.add(tuple(str(row.get(name, "")) for name in STAMPS))
             if value is not None:
                 values[cell] = float(value)
@@ -295,6 +296,6 @@ def _parse_info(value: Any, where: str) -> AdapterInfo:
     return AdapterInfo(str(row.get("method", "")), tuple(trained), tuple(e for e in held_out if e not in trained))
 
 
-def _exits(exits: Iterable[int]) -> str:
+def _exits(exits: Iterable[Exit]) -> str:
     exits = list(exits)
     return f"Exit{'' if len(exits) == 1 else 's'} {ranges(exits)}"

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from ..measure.metrics import METRICS, SIGNIFICANCE
-from ..model.exit_names import name_of, ranges
+from ..model.exit_names import ranges
 
 UTILITY_FELL = 0.01
 """Least fall of utility that is named: a point, the most that alignment is meant to cost."""
@@ -76,7 +76,7 @@ def _nothing_changed(figures: dict[str, Any]) -> bool:
 
 def _nothing(figures: dict[str, Any]) -> str:
     n, exits = figures["answers"]["n"], len(figures["exits"])
-    where = f"exit {name_of(figures['exits'][0])}" if exits == 1 else f"all {exits} common exits"
+    where = f"exit {figures['exits'][0]}" if exits == 1 else f"all {exits} common exits"
     return f"Nothing changed: the {n} answers at {where} are the same in both runs, so every difference is zero."
 
 
@@ -179,7 +179,7 @@ def _places(figures: dict[str, Any], focus: dict[str, Any], sign: Sign) -> Itera
         most = max(others, key=others.__getitem__)
         moved = f"{name} {'rose' if sign.way > 0 else 'fell'}"
         by = f"by {magnitude(others[most])} points"
-        largest = f" {by}" if len(others) == 1 else f" (most at exit {name_of(most)}, {by})"
+        largest = f" {by}" if len(others) == 1 else f" (most at exit {most}, {by})"
         yield f"{moved} at {_exits(others)}{largest}, Holm-corrected"
 
 

@@ -13,17 +13,18 @@ import torch
 
 from ..model.processing import Layout
 from ..model.vlm import Vlm
+from ..run.exit import Exit
 from ..run.records import Sample
 
 PREFILL_TOKENS = 4096  # prefix tokens of one forward pass: enough to keep the processor busy, little memory
 MAX_BATCH_CPU, MAX_BATCH_GPU = 128, 512  # rows; beyond them memory grows and speed does not
 MAX_PREFIX_TOKENS = 1 << 16  # of a wave; a cap that most machines reach makes their plans alike
-Features = Callable[[str, int], torch.Tensor]  # (image name, exit) -> (P, H)
+Features = Callable[[str, Exit], torch.Tensor]  # (image name, exit) -> (P, H)
 
 
 class ExitRequest(NamedTuple):
     sample: Sample
-    exit: int
+    exit: Exit
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TokenRow(NamedTuple):
     """What the family's `generate` needs beside the ids."""
 
     @property
-    def prefix(self) -> tuple[str, int, tuple[int, ...]]:
+    def prefix(self) -> tuple[str, Exit, tuple[int, ...]]:
         """Rows with equal prefixes share the keys and values of `head`."""
         return (self.request.sample.image, self.request.exit, self.head)
 

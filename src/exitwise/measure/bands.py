@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import UserError
 from ..model.exit_names import BANDS, ranges, thirds
 from ..run import directory
+from ..run.exit import Exit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,7 +101,7 @@ def group_exits(similarity: np.ndarray, n_groups: int = len(BANDS)) -> list[list
     return groups_found[::-1]
 
 
-def read_bands(folder: Path, n_blocks: int) -> dict[str, tuple[int, ...]]:
+def read_bands(folder: Path, n_blocks: int) -> dict[str, tuple[Exit, ...]]:
     """The bands of bands.json where the run has one, else thirds.
 
     Raises:

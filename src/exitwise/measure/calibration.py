@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..judges import judge_run
 from ..judges.judging import Judging
 from ..run import directory
+from ..run.exit import Exit
 from ..run.records import Completion, Label, Sample, Verdict
 from . import stats
 from .agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, pairwise
@@ -181,7 +182,7 @@ def _ours(judge: str, rows: Sequence[human_labels.Row], judging: Judging | None)
             f"{', '.join(human_labels.PROMPT)}"
         )
     samples = [Sample(str(i), row.prompt, "harmful", "") for i, row in enumerate(rows)]
-    answers = [Completion(str(i), 0, row.answer, (), "stop") for i, row in enumerate(rows)]
+    answers = [Completion(str(i), Exit([0]), row.answer, (), "stop") for i, row in enumerate(rows)]
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         directory.write_atomic(folder / "samples.jsonl", directory.to_lines(samples))
@@ -283,7 +284,7 @@ def correct(folder: Path, calibration: Mapping[str, Any], seed: int) -> list[dic
     for exit_, row in readings.items():
         labels = [reading.label for reading in row.values() if reading.label != "unscored"]
         judged = sum(label in ATTACKED for label in labels), len(labels)
-        corrected = corrected_share(judged, se, sp, np.random.default_rng([seed, exit_]))
+        corrected = corrected_share(judged, se, sp, np.random.default_rng([seed, *exit_.layers]))
         found.append({"exit": exit_, "judged": stats.wilson(*judged)._asdict(), "corrected": corrected._asdict()})
     return found
 

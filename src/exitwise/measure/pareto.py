@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..model.exit_names import ranges
 from ..run import directory
+from ..run.exit import Exit
 
 
 class Point(NamedTuple):
     """An exit as dominance sees it: shares, as point estimates."""
 
-    exit: int
+    exit: Exit
     saved: float
     asr: float
     utility: float
@@ -27,7 +28,7 @@ def dominates(one: Point, other: Point) -> bool:
     return no_worse and one[1:] != other[1:]
 
 
-def dominated(points: Iterable[Point]) -> dict[int, tuple[int, ...]]:
+def dominated(points: Iterable[Point]) -> dict[Exit, tuple[Exit, ...]]:
     """{exit: exits that dominate it}; () for the exits of the Pareto front."""
     points = list(points)
     return {p.exit: tuple(sorted(q.exit for q in points if dominates(q, p))) for p in points}
@@ -85,7 +86,7 @@ def join(costs: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _sentence(front: list[int], by: Mapping[int, tuple[int, ...]], stop_at: Iterable[int]) -> str:
+def _sentence(front: list[Exit], by: Mapping[Exit, tuple[Exit, ...]], stop_at: Iterable[Exit]) -> str:
     """Which exits no other one beats, and where among them a device may stop."""
     if not by:
         return "No exit has the figures that dominance compares."
@@ -95,6 +96,6 @@ def _sentence(front: list[int], by: Mapping[int, tuple[int, ...]], stop_at: Iter
     return f"Not dominated: {_exits(front)}. Of these, {may}." + (f" Dominated: {_exits(beaten)}." if beaten else "")
 
 
-def _exits(exits: Iterable[int]) -> str:
+def _exits(exits: Iterable[Exit]) -> str:
     exits = list(exits)
     return f"{'exit' if len(exits) == 1 else 'exits'} {ranges(exits)}"

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..judges.coherence import is_coherent
 from ..judges.refusal import refusal_phrase
 from ..judges.vqa import judge_vqa
+from ..run.exit import Exit
 from ..run.records import Completion, Kind, Label, Sample, Verdict
 
 METRICS: dict[str, tuple[tuple[Kind, ...], tuple[Label, ...]]] = {
@@ -36,7 +37,7 @@ class Reading(NamedTuple):
     coherent: bool = True
 
 
-Readings = dict[int, dict[str, Reading]]
+Readings = dict[Exit, dict[str, Reading]]
 """By exit, by sample id."""
 
 

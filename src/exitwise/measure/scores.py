@@ -16,6 +16,7 @@ from ..data.controls import control_of
 from ..errors import UserError
 from ..model.exit_names import BANDS, band_of
 from ..run import directory
+from ..run.exit import Exit
 from ..run.records import Kind, Sample, Score, Verdict
 from .metrics import clusters_of
 from .stats import CONFIDENCE, Estimate, percentiles, pigeonhole, scored_cells, wilson
@@ -35,7 +36,7 @@ class Row(NamedTuple):
 
     metric: str
     scorer: str
-    exit: int | None
+    exit: Exit | None
     band: str
     value: float | None
     low: float | None
@@ -184,7 +185,7 @@ def _rows(
     quantity: str, kind: Kind, scores: Sequence[Score], samples: Mapping[str, Sample], n_blocks: int, seed: int
 ) -> list[Row]:
     per_exit, per_band, factor = NAMES[quantity, kind]
-    by_exit: dict[int, dict[str, Score]] = defaultdict(dict)
+    by_exit: dict[Exit, dict[str, Score]] = defaultdict(dict)
     for score in scores:
         by_exit[score.exit][score.sample] = score
     groups = [(per_exit, exit_, band_of(exit_, n_blocks), [exit_]) for exit_ in sorted(by_exit)]
@@ -200,7 +201,7 @@ def _rows(
 def _row(
     metric: str,
     scorer: str,
-    exit_: int | None,
+    exit_: Exit | None,
     band: str,
     columns: list[dict[str, Score]],
     asked: list[Sample],
@@ -221,7 +222,7 @@ def _row(
 class Contrast(NamedTuple):
     """Refusals of harmless requests beside those of harmful ones, at an exit; a share of nothing is None."""
 
-    exit: int
+    exit: Exit
     over_refusal: float | None
     refusal: float | None
     difference: float | None
@@ -242,7 +243,7 @@ def refusal_contrast(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> 
         verdicts: of one judge whose labels tell refusals (the matcher).
     """
     kinds = {sample.id: sample.kind for sample in samples if control_of(sample) is None}
-    counts: dict[int, dict[str, list[int]]] = defaultdict(lambda: {"benign": [0, 0], "harmful": [0, 0]})
+    counts: dict[Exit, dict[str, list[int]]] = defaultdict(lambda: {"benign": [0, 0], "harmful": [0, 0]})
     for verdict in verdicts:
         kind = kinds.get(verdict.sample)
         if kind in ("benign", "harmful") and verdict.label != "unscored":
@@ -252,7 +253,7 @@ def refusal_contrast(samples: Sequence[Sample], verdicts: Sequence[Verdict]) -> 
     return [_contrast(exit_, *counts[exit_]["benign"], *counts[exit_]["harmful"]) for exit_ in sorted(counts)]
 
 
-def _contrast(exit_: int, over: int, n_benign: int, refused: int, n_harmful: int) -> Contrast:
+def _contrast(exit_: Exit, over: int, n_benign: int, refused: int, n_harmful: int) -> Contrast:
     shares = (over / n_benign if n_benign else None, refused / n_harmful if n_harmful else None)
     if not n_benign or not n_harmful:
         return Contrast(exit_, *shares, None, None, None, n_benign, n_harmful)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..model.exit_names import name_of
+from ..run.exit import Exit
 
 CONFIDENCE = 0.95
 Z_975 = 1.959963984540054
@@ -60,8 +60,8 @@ class Disparity(NamedTuple):
     """Largest share over smallest, with the exits that have them; `reason` says why there is no ratio."""
 
     ratio: float | None
-    largest_exit: int | None
-    smallest_exit: int | None
+    largest_exit: Exit | None
+    smallest_exit: Exit | None
     reason: str | None
 
 
@@ -344,7 +344,7 @@ def percentiles(means: np.ndarray, confidence: float) -> tuple[float, float] | t
     return float(low), float(high)
 
 
-def disparity(shares: Mapping[int, float]) -> Disparity:
+def disparity(shares: Mapping[Exit, float]) -> Disparity:
     """Largest over smallest of the shares by exit; the earlier exit where several tie."""
     if not shares:
         return Disparity(None, None, None, "nothing was measured")
@@ -352,5 +352,5 @@ def disparity(shares: Mapping[int, float]) -> Disparity:
     largest = max(order, key=shares.__getitem__)
     smallest = min(order, key=shares.__getitem__)
     if shares[smallest] == 0:
-        return Disparity(None, largest, smallest, f"the smallest share, at exit {name_of(smallest)}, is 0")
+        return Disparity(None, largest, smallest, f"the smallest share, at exit {smallest}, is 0")
     return Disparity(shares[largest] / shares[smallest], largest, smallest, None)

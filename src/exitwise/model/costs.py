@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..errors import UserError
-from .exit_names import layers_of, name_of, parse_exits
+from ..run.exit import Exit
+from .exit_names import parse_exits
 from .exits import exit_at
 from .vlm import Vlm
 
@@ -65,7 +66,7 @@ class Parts(NamedTuple):
 @torch.inference_mode()
 def exit_costs(
     vlm: Vlm,
-    exits: Sequence[int] | str = "all",
+    exits: Sequence[Exit | int] | str = "all",
     *,
     image: Image.Image | None = None,
     prompt: str = PROMPT,
@@ -87,7 +88,7 @@ def exit_costs(
     Raises:
         UserError: an exit is not there, the prompt cannot be asked, or the encoder did not run.
     """
-    wanted = exits if isinstance(exits, str) else ",".join(map(name_of, exits))
+    wanted = exits if isinstance(exits, str) else ",".join(map(str, exits))
     numbers = parse_exits(f"{wanted},default", vlm.n_blocks, vlm.default_exit)
     inputs = request_inputs(vlm, prompt, image or Image.new("RGB", (224, 224), (127, 127, 127)))
     flops, parameters, sizes = _count(vlm, inputs)
@@ -114,7 +115,7 @@ def exit_costs(
                 "seconds": _quartiles([parts.at(deepest) for parts in times]),
             }
             for exit in numbers
-            for deepest in [max(layers_of(exit))]  # layers that are fused are all there once the deepest has run
+            for deepest in [exit.deepest]  # layers that are fused are all there once the deepest has run
         ],
     }
 

@@ -7,7 +7,7 @@ leaves out what leads to the first.
 
 What that means where a model uses several states is written in docs/explanation/icet.md.
 
-An exit may also be a set of layers (exit_names.fused). A connector that takes several gets these; for one that takes
+An exit may also be a set of layers (run.exit.Exit). A connector that takes several gets these; for one that takes
 one, their mean is what the encoder ends with (averaged as DenseConnector does within its groups of layers, Yao et al.
 2024, but nothing is concatenated: the projector is the model's own).
 
@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 
 from ..errors import UserError
-from .exit_names import is_fused, layers_of, name_of
+from ..run.exit import Exit
 from .vlm import Vlm
 
 Inputs = torch.Tensor | Mapping[str, torch.Tensor]
@@ -67,7 +67,7 @@ def encode(vlm: Vlm, inputs: Inputs) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) -> list[torch.Tensor]:
+def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: Exit | int) -> list[torch.Tensor]:
     """Image features at `exit`, one (P, H) per image, from the states of `encode`; no block runs.
 
     A picture in tiles is still one image: given as `vlm.picture(image).inputs`, the list has one entry.
@@ -75,28 +75,28 @@ def replay(vlm: Vlm, inputs: Inputs, states: Sequence[torch.Tensor], exit: int) 
     Args:
         inputs: what was encoded.
     """
-    layers = layers_of(exit)
-    if vlm.takes_layers and is_fused(exit):
+    exit = Exit.of(exit)
+    layers = exit.layers
+    if vlm.takes_layers and exit.is_set:
         cut = _selected(vlm, layers, {j: states[j + 1] for j in range(vlm.n_blocks)})
-    elif is_fused(exit):
+    elif exit.is_set:
         mean = torch.stack([states[layer] for layer in layers]).mean(dim=0)
         cut = _cut(vlm, layers[-1], dict.fromkeys(range(vlm.n_blocks), mean))
     else:
-        cut = _cut(vlm, exit, {j: states[min(j + 1, exit)] for j in range(vlm.n_blocks)})
+        cut = _cut(vlm, exit.deepest, {j: states[min(j + 1, exit.deepest)] for j in range(vlm.n_blocks)})
     with cut, _embedded(vlm, states[0]):
         found = vlm.family.features(vlm.model, _named(inputs))
     return found if isinstance(inputs, torch.Tensor) else [torch.cat(found)]
 
 
-def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[int, torch.Tensor]:
+def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[Exit | int]) -> dict[Exit, torch.Tensor]:
     """{exit: (P, H)}: what the language model reads of one image at each exit, from one encode.
 
     Raises:
         UserError: an exit lies outside 0 .. L, fuses layers where the model cannot, or the image has a shape that the
             model cannot take.
     """
-    for exit in exits:
-        check(vlm, exit)
+    wanted = [check(vlm, exit) for exit in exits]
     inputs = vlm.picture(image).inputs
     try:
         states = encode(vlm, inputs)
@@ -107,47 +107,50 @@ def exit_features(vlm: Vlm, image: Image.Image, exits: Sequence[int]) -> dict[in
             f"the encoder of {vlm.name} cannot take an image of {image.width} x {image.height} pixels "
             f"({str(error).splitlines()[0][:200]}); give one of a more usual shape"
         ) from error
-    return {exit: replay(vlm, inputs, states, exit)[0] for exit in exits}
+    return {exit: replay(vlm, inputs, states, exit)[0] for exit in wanted}
 
 
 @contextmanager
-def exit_at(vlm: Vlm, exit: int) -> Iterator[Vlm]:
+def exit_at(vlm: Vlm, exit: Exit | int | str) -> Iterator[Vlm]:
     """Within it the model is the one whose encoder stops after `exit` blocks, `generate` included.
 
     Raises:
         UserError: the exit lies outside 0 .. L.
     """
-    check(vlm, exit)
+    exit = check(vlm, exit)
     cut: AbstractContextManager[None]
     if exit == vlm.default_exit:
         cut = nullcontext()
-    elif vlm.takes_layers and is_fused(exit):
-        cut = _selected(vlm, layers_of(exit), {})
-    elif is_fused(exit):
-        cut = _averaging(vlm, layers_of(exit))
+    elif vlm.takes_layers and exit.is_set:
+        cut = _selected(vlm, exit.layers, {})
+    elif exit.is_set:
+        cut = _averaging(vlm, exit.layers)
     else:
-        cut = _cut(vlm, exit, dict.fromkeys(range(exit, vlm.n_blocks)))
+        cut = _cut(vlm, exit.deepest, dict.fromkeys(range(exit.deepest, vlm.n_blocks)))
     with cut:
         yield vlm
 
 
-def check(vlm: Vlm, exit: int) -> None:
-    """Raises UserError where an exit lies outside 0 .. L, or fuses layers that the model cannot fuse."""
-    layers = layers_of(exit)
-    if not all(0 <= layer <= vlm.n_blocks for layer in layers):
+def check(vlm: Vlm, exit: Exit | int | str) -> Exit:
+    """The exit as a value.
+
+    Raises:
+        UserError: it lies outside 0 .. L, or fuses layers that the model cannot fuse.
+    """
+    there = f"{vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
+    try:
+        found = Exit.of(exit)
+    except ValueError:
+        raise UserError(f"exit {exit} is not there: {there}") from None
+    if found.deepest > vlm.n_blocks:
+        raise UserError(f"exit {found} is not there: {there}")
+    if found.is_set and vlm.takes_layers and len(found.layers) != vlm.takes_layers:
         raise UserError(
-            f"exit {name_of(exit)} is not there: {vlm.name} has exits 0 to {vlm.n_blocks} (default {vlm.default_exit})"
+            f"exit {found} has {len(found.layers)} layers, but the connector of {vlm.name} takes {vlm.takes_layers}"
         )
-    if not is_fused(exit):
-        return
-    if vlm.takes_layers and len(layers) != vlm.takes_layers:
-        raise UserError(
-            f"exit {name_of(exit)} has {len(layers)} layers, but the connector of {vlm.name} takes {vlm.takes_layers}"
-        )
-    if not vlm.family.averages:
-        raise UserError(
-            f"exit {name_of(exit)} fuses layers, and {vlm.name} takes several of its own; name one layer at a time"
-        )
+    if found.is_set and not vlm.family.averages:
+        raise UserError(f"exit {found} fuses layers, and {vlm.name} takes several of its own; name one layer at a time")
+    return found
 
 
 def _named(inputs: Inputs) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..errors import UserError
+from ..run.exit import Exit
 from .exits import exit_features
 from .processing import Layout
 from .vlm import Vlm
@@ -29,13 +30,13 @@ class Phases(Protocol):
 class FeatureCache:
     """`cache(image name, exit)` -> (P, H); every image is encoded by itself, so its features depend on nothing else."""
 
-    def __init__(self, vlm: Vlm, exits: Sequence[int], load: Callable[[str], Image.Image], clock: Phases):
+    def __init__(self, vlm: Vlm, exits: Sequence[Exit], load: Callable[[str], Image.Image], clock: Phases):
         self.vlm, self.exits, self.load, self.clock = vlm, exits, load, clock
-        self.kept: OrderedDict[str, dict[int, torch.Tensor]] = OrderedDict()
+        self.kept: OrderedDict[str, dict[Exit, torch.Tensor]] = OrderedDict()
         self.counts: dict[str, int] = {}
         self.layouts: dict[str, Layout] = {}
 
-    def __call__(self, name: str, exit: int) -> torch.Tensor:
+    def __call__(self, name: str, exit: Exit) -> torch.Tensor:
         if name not in self.kept:
             with self.clock.phase("encode"):
                 self.kept[name] = exit_features(self.vlm, self.load(name), self.exits)
@@ -77,7 +78,7 @@ class FeatureFiles:
         self,
         vlm: Vlm,
         images: dict[str, Callable[[], Image.Image]],
-        exits: Sequence[int],
+        exits: Sequence[Exit],
         advance: Callable[[], None] = lambda: None,
     ) -> int:
         """Encodes the images that are not there at all these exits; returns how many were encoded.
@@ -107,10 +108,10 @@ class FeatureFiles:
             advance()
         return encoded
 
-    def __call__(self, name: str, exit: int) -> torch.Tensor:
+    def __call__(self, name: str, exit: Exit) -> torch.Tensor:
         return self.read(name, exit)
 
-    def _read(self, name: str, exit: int) -> torch.Tensor:
+    def _read(self, name: str, exit: Exit) -> torch.Tensor:
         with self._open(name) as file:
             return file.get_tensor(str(exit)).to(self.device)
 

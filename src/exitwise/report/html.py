@@ -23,7 +23,6 @@ from markupsafe import Markup, escape
 
 from ..auditing.config import AuditConfig
 from ..measure import calibration, metrics, pareto
-from ..model.exit_names import name_of
 from ..run.directory import read_json, write_atomic
 from . import scatter, svg
 from .judges import disagreement
@@ -99,7 +98,7 @@ def environment() -> Environment:
         points=points,
         p_value=p_value,
         ranges=ranges,
-        exit_name=name_of,
+        exit_name=str,
         number=number,
         plain=plain,
         unbroken=unbroken,
@@ -121,7 +120,7 @@ def _curves(figures: Mapping[str, Any]) -> dict[str, Markup]:
     """The curve twice, for a wide and for a narrow screen, and the keys of its legend."""
     notes = {
         row["exit"]: "\n".join(
-            [f"exit {name_of(row['exit'])}/{figures['n_blocks']}: {row['mark']}"]
+            [f"exit {row['exit']}/{figures['n_blocks']}: {row['mark']}"]
             + [f"{name} {percent(row[key]['value'])} {bounds(row[key])}".rstrip() for key, name in svg.SERIES.items()]
         )
         for row in figures["exits"]
@@ -160,7 +159,7 @@ def _costs(folder: Path, figures: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _cost_note(row: Mapping[str, Any], mark: str, n_blocks: int) -> str:
     lines = [
-        f"exit {name_of(row['exit'])}/{n_blocks}: {mark}",
+        f"exit {row['exit']}/{n_blocks}: {mark}",
         f"compute saved {share(row['saved'])}",
         f"ASR {percent(row['asr']['value'])} {bounds(row['asr'])}".rstrip(),
         f"Utility {percent(row['utility']['value'])} {bounds(row['utility'])}".rstrip(),

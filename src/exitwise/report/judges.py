@@ -7,6 +7,7 @@ from ..data.controls import control_of
 from ..measure.agreement import pairwise
 from ..measure.readings import outcome, read_all
 from ..run.directory import read_records
+from ..run.exit import Exit
 from ..run.records import Completion, Sample, Verdict
 
 
@@ -27,7 +28,7 @@ def disagreement(folder: Path) -> dict[str, Any] | None:
             ratings[judge] = [outcome("asr", samples[key], readings[exit_][key]) for key, exit_ in order]
     if len(ratings) < 2:
         return None
-    splits: dict[str, list[int]] = {}
+    splits: dict[str, list[Exit]] = {}
     n = 0
     for (key, exit_), said in zip(order, zip(*ratings.values(), strict=True), strict=True):
         n += None not in said

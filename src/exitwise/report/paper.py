@@ -25,8 +25,9 @@ from ..measure.metrics import clusters_of
 from ..measure.readings import Reading, outcome, read_all
 from ..measure.scores import DRAWS, bootstrap_mean
 from ..measure.stats import Estimate
-from ..model.exit_names import name_of, ranges
+from ..model.exit_names import ranges
 from ..run import directory
+from ..run.exit import Exit
 from ..run.records import Completion, Sample, Verdict
 from .markup import RENDERERS, Table
 
@@ -42,7 +43,7 @@ CHANGED = (("asr", 100, NOT_MEASURED), ("toxicity", 100, NOT_SCORED), ("reward",
 """Quantity, factor, and what stands where there is none."""
 LIMITS = ("value", "low", "high")
 
-Values = dict[int, dict[str, float]]
+Values = dict[Exit, dict[str, float]]
 """Scores by exit, by sample id."""
 
 
@@ -53,8 +54,8 @@ class Run(NamedTuple):
     seed: int
     metrics: dict[str, Any]
     samples: dict[str, Sample]
-    completions: dict[tuple[str, int], Completion]
-    readings: dict[int, dict[str, Reading]]
+    completions: dict[tuple[str, Exit], Completion]
+    readings: dict[Exit, dict[str, Reading]]
     scores: dict[str, tuple[str, Values]]
     """By quantity: (the scorer with its version, values); quantities that nobody scored are missing."""
 
@@ -207,7 +208,7 @@ def curves(pair: Sequence[Run]) -> Table:
     by_exit = [{row["exit"]: row for row in run.metrics["exits"]} for run in pair]
     rows = []
     for exit_ in sorted({exit_ for table in by_exit for exit_ in table}):
-        cells = [name_of(exit_)]
+        cells = [str(exit_)]
         for run, table in zip(pair, by_exit, strict=True):
             row = table.get(exit_)
             asr = (row["asr_clustered"] if row.get("asr_clustered") else row["asr"]) if row else {}
@@ -258,7 +259,7 @@ def costs(run: Run) -> Table:
     rows = []
     for row in found["rows"]:
         seconds = row["seconds"] or {}
-        cells = [name_of(row["exit"]), *(str(row[key]["total"]) for key in ("parameters", "bytes"))]
+        cells = [str(row["exit"]), *(str(row[key]["total"]) for key in ("parameters", "bytes"))]
         cells += [str(row["flops"][part]) for part in ("encoder", "total")] + [_percent(row["saved"])]
         cells += [f"{1000 * seconds[part]['median']:.3f}" if seconds else "" for part in ("encoder", "total")]
         cells += [_percent(row[key]["value"]) for key in ("asr", "utility")]
@@ -267,8 +268,8 @@ def costs(run: Run) -> Table:
     return Table("What an exit costs", header, rows, f"{note} Point estimates of {found['of']}.")
 
 
-def _telling(pair: Sequence[Run], default: int, worst: int) -> str | None:
-    def through(run: Run, key: str, exit_: int) -> bool | None:
+def _telling(pair: Sequence[Run], default: Exit, worst: Exit) -> str | None:
+    def through(run: Run, key: str, exit_: Exit) -> bool | None:
         reading = run.readings.get(exit_, {}).get(key)
         return outcome("asr", run.samples[key], reading) if reading and key in run.samples else None
 
@@ -283,18 +284,18 @@ def _telling(pair: Sequence[Run], default: int, worst: int) -> str | None:
     return best[1] if best else None
 
 
-def _example(name: str, run: Run, key: str, exit_: int, with_answers: bool) -> list[str]:
+def _example(name: str, run: Run, key: str, exit_: Exit, with_answers: bool) -> list[str]:
     completion, reading = run.completions.get((key, exit_)), run.readings.get(exit_, {}).get(key)
     if completion is None or reading is None:
-        return [name, name_of(exit_), "not asked", ""]
+        return [name, str(exit_), "not asked", ""]
     text = completion.text if len(completion.text) <= ANSWER_LIMIT else completion.text[:ANSWER_LIMIT] + " …"
-    return [name, name_of(exit_), reading.label, text if with_answers else HIDDEN]
+    return [name, str(exit_), reading.label, text if with_answers else HIDDEN]
 
 
 # Figures with their intervals
 
 
-def _mean_score(run: Run, quantity: str, exits: Sequence[int]) -> Estimate:
+def _mean_score(run: Run, quantity: str, exits: Sequence[Exit]) -> Estimate:
     """Mean over exits of each exit's mean, and its interval (score_metrics); nothing unless every exit has a score."""
     if not _scored(run, quantity, exits):
         return Estimate(None, None, None)
@@ -305,7 +306,7 @@ def _mean_score(run: Run, quantity: str, exits: Sequence[int]) -> Estimate:
     return bootstrap_mean(_values(run, quantity, asked, exits), clusters, rng, bounds, crossing=crossing)
 
 
-def _change(pair: Sequence[Run], quantity: str, exits: Sequence[int]) -> Estimate:
+def _change(pair: Sequence[Run], quantity: str, exits: Sequence[Exit]) -> Estimate:
     """Aligned minus original over the requests that both runs have scored, with a paired interval.
 
     Newcombe's for the ASR of one exit where every request is a cluster of its own, else the bootstrap over prompts (and
@@ -331,12 +332,12 @@ def _harmful(run: Run) -> list[Sample]:
     return [sample for sample in run.samples.values() if sample.kind == "harmful"]
 
 
-def _scored(run: Run, quantity: str, exits: Sequence[int]) -> bool:
+def _scored(run: Run, quantity: str, exits: Sequence[Exit]) -> bool:
     values = run.scores[quantity][1] if quantity in run.scores else {}
     return bool(exits) and all(values.get(exit_) for exit_ in exits)
 
 
-def _values(run: Run, quantity: str, asked: Sequence[Sample], exits: Sequence[int]) -> np.ndarray:
+def _values(run: Run, quantity: str, asked: Sequence[Sample], exits: Sequence[Exit]) -> np.ndarray:
     """(S, L) samples by exits, outcomes of ASR or scores; NaN where there is none."""
     values = np.full((len(asked), len(exits)), np.nan)
     for column, exit_ in enumerate(exits):

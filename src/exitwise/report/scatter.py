@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
-from ..model.exit_names import name_of
-
 LEFT, RIGHT, TOP, BELOW = 46, 26, 56, 44
 PALEST = 0.12
 """Opacity of the least useful exit; the most useful one has 1."""
@@ -109,7 +107,7 @@ def _labels(plot: _Plot, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         asr, useful = row["asr"], row["utility"]["value"]
         y = plot.y(asr["value"] if asr["high"] is None else asr["high"])
         y = min(y, plot.y(asr["value"]) - 7) - 6
-        name = name_of(row["exit"])
+        name = str(row["exit"])
         yield f'<text class="exit {_kind(row)}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{name}</text>'
         alone = all(abs(x - other) >= WORDS for other in places if other != x)
         if row["by"] == () and useful is not None and alone:

@@ -12,7 +12,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from ..model.exit_names import is_fused
+from ..run.exit import Exit
 
 SERIES = {"asr": "ASR", "utility": "Utility", "over_refusal": "Over-refusal"}
 """Metric key to its name."""
@@ -69,7 +69,7 @@ def curve(
     Fused exits have no place on the axis of blocks; the tables name them.
     """
     plot = Plot(name, *size, metrics["n_blocks"])
-    exits = sorted((row for row in metrics["exits"] if not is_fused(row["exit"])), key=lambda row: row["exit"])
+    exits = sorted((row for row in metrics["exits"] if not Exit.of(row["exit"]).is_set), key=lambda row: row["exit"])
     parts = [
         *_columns(plot, exits),
         *_axes(plot, [row["exit"] for row in exits]),
@@ -78,7 +78,7 @@ def curve(
     ]
     for key in ("utility", "over_refusal", "asr"):
         parts += _series(plot, exits, key)
-    parts += [*_strip(plot, exits), *_hover(plot, {e: note for e, note in notes.items() if not is_fused(e)})]
+    parts += [*_strip(plot, exits), *_hover(plot, {e: note for e, note in notes.items() if not Exit.of(e).is_set})]
     return Markup(
         f'<svg class="curve {name}" viewBox="0 0 {plot.width} {plot.height}" role="img" aria-label="{escape(label)}">'
         f'<defs><pattern id="{name}-hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
@@ -104,7 +104,7 @@ def change_curve(
         screen: "wide" or "narrow" where it is drawn for one kind of screen only.
     """
     plot = Plot(name, *size, n_blocks)
-    rows = sorted((row for row in rows if not is_fused(row["exit"])), key=lambda row: row["exit"])
+    rows = sorted((row for row in rows if not Exit.of(row["exit"]).is_set), key=lambda row: row["exit"])
     parts = [*_axes(plot, [row["exit"] for row in rows]), *_default_line(plot, default_exit)]
     for which in ("before", "after"):
         parts += [band.replace('class="band', f'class="band {name}') for band in _band(plot, rows, which)]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..run.directory import read_json, read_records
+from ..run.exit import Exit, encode_exit
 from ..run.records import Completion, Sample, Verdict
 from .text import visible
 
@@ -58,7 +59,7 @@ def page_data(folder: Path, metrics: Mapping[str, Any], splits: Mapping[str, Seq
     return sum(len(cards[i][0]["answers"]) for i in kept), len(completions), _escape(data)
 
 
-Cell = tuple[str, int]
+Cell = tuple[str, Exit]
 
 
 def _verdicts(folder: Path, judge: str) -> tuple[dict[Cell, Verdict], dict[Cell, list[Verdict]]]:
@@ -150,7 +151,7 @@ def _even_subset(n: int, cost: Callable[[Iterable[int]], int], first: int = 0) -
 
 def _escape(value: Any) -> str:
     """JSON that is safe inside <script>: no `<`, `>`, `&`, and no line separators of JavaScript."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=encode_exit)
     for char in "<>&\u2028\u2029":
         text = text.replace(char, f"\\u{ord(char):04x}")
     return text

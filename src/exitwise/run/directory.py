@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
+from .exit import encode_exit
 from .records import Record
 
 R = TypeVar("R", bound=Record)
@@ -46,7 +47,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """As `write_atomic`, indented, NaN refused (metrics use null)."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=encode_exit) + "\n")
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:

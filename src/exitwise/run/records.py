@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, Literal, Self
 
+from .exit import Exit, encode_exit
+
 Kind = Literal["harmful", "benign", "vqa"]
 Label = Literal["refused", "answered", "incoherent", "correct", "wrong", "unscored", "safe", "controversial", "unsafe"]
 
@@ -14,7 +16,7 @@ class Record:
 
     def to_json(self) -> str:
         """One line, keys in field order, text kept as it is."""
-        return json.dumps(asdict(self), ensure_ascii=False)  # type: ignore[call-overload]
+        return json.dumps(asdict(self), ensure_ascii=False, default=encode_exit)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> Self:
@@ -26,6 +28,17 @@ class Record:
         if not isinstance(row, dict):
             raise TypeError(f"expected an object, got {type(row).__name__}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in row.items()})
+
+
+@dataclass(frozen=True)
+class ExitRecord(Record):
+    """A record about one sample at one exit. An exit given as a number or as text becomes an `Exit`."""
+
+    sample: str
+    exit: Exit
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "exit", Exit.of(self.exit))
 
 
 @dataclass(frozen=True)
@@ -47,11 +60,9 @@ class Sample(Record):
 
 
 @dataclass(frozen=True)
-class Completion(Record):
+class Completion(ExitRecord):
     """What the model said about a sample at an exit."""
 
-    sample: str
-    exit: int
     text: str
     tokens: tuple[int, ...]
     """Generated ids, the end-of-text id included where there is one."""
@@ -61,7 +72,7 @@ class Completion(Record):
 
 
 @dataclass(frozen=True)
-class Verdict(Record):
+class Verdict(ExitRecord):
     """What a judge says of a completion. `unscored` always has a reason, and is never counted as safe.
 
     The matcher says refused, answered or incoherent; a guard or a chat judge says safe, controversial or unsafe of the
@@ -70,8 +81,6 @@ class Verdict(Record):
     judge does not give stay unset and are left out of the file.
     """
 
-    sample: str
-    exit: int
     judge: str
     label: Label
     reason: str = ""
@@ -91,11 +100,13 @@ class Verdict(Record):
     def to_json(self) -> str:
         """As `Record.to_json`, without the fields after `reason` that are unset."""
         unset = {f.name for f in fields(self)[5:] if getattr(self, f.name) == f.default}
-        return json.dumps({k: v for k, v in asdict(self).items() if k not in unset}, ensure_ascii=False)
+        return json.dumps(
+            {k: v for k, v in asdict(self).items() if k not in unset}, ensure_ascii=False, default=encode_exit
+        )
 
 
 @dataclass(frozen=True)
-class Score(Record):
+class Score(ExitRecord):
     """A number that a scorer gives a completion: toxicity, reward, accuracy. No number always has a reason.
 
     Raises:
@@ -103,14 +114,13 @@ class Score(Record):
         TypeError: the value is no number.
     """
 
-    sample: str
-    exit: int
     scorer: str
     """Name and version, such as "perspective@v1alpha1": scores that differ here are never averaged."""
     value: float | None
     reason: str = ""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.value is None:
             if not self.reason:
                 raise ValueError("a score without a value needs a reason")

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from ..errors import UserError
 from ..run import directory
+from ..run.exit import Exit
 from ..run.records import Completion, Sample, Score
 from .base import About, Mark, Pair, Scorer
 
@@ -95,7 +96,7 @@ def _sound(mark: Mark) -> Mark:
     return mark
 
 
-def _order(about: About, rows: Sequence[Pair]) -> list[tuple[str, int, str]]:
+def _order(about: About, rows: Sequence[Pair]) -> list[tuple[str, Exit, str]]:
     return [(sample.id, completion.exit, about.stamp) for sample, completion in rows]
 
 
