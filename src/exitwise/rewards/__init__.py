@@ -1,0 +1,1 @@
+"""Reward models: a score for an answer, higher where it is better."""
