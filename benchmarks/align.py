@@ -110,7 +110,7 @@ def export(config: Config, path: Path) -> None:
         gap = (reloaded(probe).logits - vlm.model(input_ids=probe).logits).abs().max()
     if not gap < 1e-3:
         raise SystemExit(f"the two checkpoints differ: logits are {gap} apart")
-    defaults = AlignConfig(model=folder)
+    defaults = AlignConfig.of(folder)
     copied = ("lora_rank", "lora_alpha", "lr", "kl_coef", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam")
     job = {name: getattr(defaults, name) for name in copied} | {
         "model": folder, "text_model": str(target), "prompts": prompts, "prompt_ids": ids, "unused_token": UNUSED,
@@ -204,7 +204,7 @@ def ours(job: dict) -> dict:
     for name in ("timing.json", "plan.json"):
         (out / name).unlink(missing_ok=True)
     copied = ("lora_rank", "lora_alpha", "lr", "kl_coef", "cliprange", "cliprange_value", "vf_coef", "gamma", "lam")
-    config = AlignConfig(
+    config = AlignConfig.of(
         model=job["model"], mix=(1.0, 0.0, 0.0), reward="matcher", steps=job["steps"], batch_size=job["batch"],
         max_new_tokens=job["response"], num_ppo_epochs=job["epochs"], num_mini_batches=job["mini_batches"],
         probe=0, best_of=0, seed=job["seed"], dtype="float32", device="cpu", **{name: job[name] for name in copied},

@@ -42,7 +42,7 @@ def config_of(model: Path, material: Path, **changes) -> AlignConfig:
         "images": material / "images",
         "features": material / "features",
     }
-    return AlignConfig(model=str(model), **(CHEAP | files | changes))
+    return AlignConfig.of(str(model), **(CHEAP | files | changes))
 
 
 class VowelReward:

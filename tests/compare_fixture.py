@@ -3,7 +3,6 @@
 import json
 import random
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def write_run(
                 completions.append(Completion(samples[key].id, exit, text, (1, 2), "stop"))
                 verdicts.append(Verdict(samples[key].id, exit, "refusal", LABELS[letter], "because"))  # type: ignore[arg-type]
     folder.mkdir(parents=True)
-    defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(AuditConfig("tiny")).items()}
+    defaults = AuditConfig("tiny").to_json()
     write(folder / "config.json", {**defaults, "images_sha256": "0", **(config or {})})
     found = {"n_requests": len(completions), "default_exit": 3, "n_blocks": 4, "model_sha256": str(folder)}
     write(folder / "plan.json", {**found, **(plan or {})})

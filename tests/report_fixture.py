@@ -2,13 +2,12 @@
 
 import json
 import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw
 
-from exitwise.auditing.audit import AuditConfig
+from exitwise.auditing.config import AuditConfig
 from exitwise.measure.metrics import compute_metrics
 from exitwise.run.exit import encode_exit
 from exitwise.run.records import Completion, Sample, Verdict
@@ -156,7 +155,9 @@ def config() -> dict[str, Any]:
         "The built-in VLM is a model organism: its hole at the middle exits was trained in, so that there is something "
         "to find. Its figures say nothing about any other model."
     )
-    plain = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in asdict(AuditConfig("testbed")).items()
+    return AuditConfig("testbed").to_json() | {
+        "limit": 12,
+        "counts": {"harmful": 12, "benign": 12, "vqa": 12},
+        "skipped": [],
+        "notice": notice,
     }
-    return plain | {"limit": 12, "counts": {"harmful": 12, "benign": 12, "vqa": 12}, "skipped": [], "notice": notice}

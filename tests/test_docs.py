@@ -235,7 +235,7 @@ def test_every_metric_key_is_documented(desk):
     from exitwise import AuditConfig
     from exitwise.auditing.audit import audit
 
-    audit(AuditConfig(model="testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True), desk / "run")
+    audit(AuditConfig.of("testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True), desk / "run")
     assert not unexplained(desk / "run/metrics.json", "reference/metrics.md")
 
 

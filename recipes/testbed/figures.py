@@ -45,7 +45,7 @@ class Lines:
 
 
 def measure(out: Path, **fields) -> dict:
-    audit(AuditConfig(**fields), out, Lines())
+    audit(AuditConfig.of(**fields), out, Lines())
     return json.loads((out / "metrics.json").read_text())
 
 

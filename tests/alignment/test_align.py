@@ -264,7 +264,7 @@ def test_scores_are_shaped_row_by_row():
         Answers(rows, torch.zeros(4, 1), torch.ones(4, 1)), done, [label for _, label in asked],
         None, torch.zeros(4, 1), torch.tensor([5.0, -1.0, 1.0, -1.0]),
     )  # fmt: skip
-    shaped = lambda **options: shape_scores(AlignConfig("testbed", **options), rollout).tolist()
+    shaped = lambda **options: shape_scores(AlignConfig.of("testbed", **options), rollout).tolist()
     assert shaped() == [5, -1, 1, -1]
     assert shaped(refusal_cost=3) == [5, -3, 1, -1]
     assert shaped(refusal_cost=4, reward_clip=2) == [2, -2, 1, -1]
@@ -471,16 +471,16 @@ def test_a_batch_is_full_and_asks_no_kind_without_a_share(n, parts):
 def test_held_out_exits_are_not_trained():
     from exitwise.alignment.config import AlignConfig
 
-    found = batches.choose_exits(AlignConfig("m", exits="all", hold_out="1,3", anchor=(0.0, 0.0)), 4, 3)
+    found = batches.choose_exits(AlignConfig.of("m", exits="all", hold_out="1,3", anchor=(0.0, 0.0)), 4, 3)
     assert found == ((0, 2, 4), (1, 3), 3)
     with pytest.raises(UserError, match="holds out the default exit 3, at which --anchor trains"):
-        batches.choose_exits(AlignConfig("m", exits="all", hold_out="1,3"), 4, 3)
-    paper = AlignConfig("m", exits="all", hold_out="1,3", mix=(1.0, 0.0, 0.0))  # nothing to anchor
+        batches.choose_exits(AlignConfig.of("m", exits="all", hold_out="1,3"), 4, 3)
+    paper = AlignConfig.of("m", exits="all", hold_out="1,3", mix=(1.0, 0.0, 0.0))  # nothing to anchor
     assert batches.choose_exits(paper, 4, 3).held_out == (1, 3)
     with pytest.raises(UserError, match="leaves no exit"):
-        batches.choose_exits(AlignConfig("m", exits="1", hold_out="0-2"), 4, 3)
+        batches.choose_exits(AlignConfig.of("m", exits="1", hold_out="0-2"), 4, 3)
     with pytest.raises(UserError, match="exits 0 to 4"):
-        batches.choose_exits(AlignConfig("m", exits="9"), 4, 3)
+        batches.choose_exits(AlignConfig.of("m", exits="9"), 4, 3)
 
 
 @settings(deadline=None)

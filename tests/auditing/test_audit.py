@@ -13,6 +13,7 @@ import pytest
 
 from exitwise import AuditConfig, UserError, audit
 from exitwise.cli.commands import entry
+from exitwise.data.selection import load_samples
 from tests.conftest import tiny_llava
 
 SAME_BYTES = (
@@ -27,7 +28,7 @@ KILLS = int(os.environ.get("EXITWISE_KILLS", "3"))
 
 
 def config_of(folder, **changes):
-    return AuditConfig(model=str(folder), **{"limit": 4, "vqa": 6, "max_new_tokens": 6, "batch_size": 7} | changes)
+    return AuditConfig.of(str(folder), **{"limit": 4, "vqa": 6, "max_new_tokens": 6, "batch_size": 7} | changes)
 
 
 def contents(out):
@@ -206,9 +207,8 @@ def test_judge_and_report_need_no_model(finished, monkeypatch, capsys):
 
 
 def test_samples_are_spread_over_the_policies(tiny_folder):
-    from exitwise.data.selection import load_samples
-
-    samples = load_samples(config_of(tiny_folder, limit=16)).samples
+    config = config_of(tiny_folder, limit=16)
+    samples = load_samples(config.inputs, config.selection, config.seed).samples
     assert len({s.category for s in samples if s.kind == "harmful"}) == 16
 
 

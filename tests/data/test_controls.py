@@ -7,6 +7,7 @@ import pytest
 
 from exitwise import AuditConfig, UserError
 from exitwise.auditing.audit import audit
+from exitwise.data.config import DataConfig, SelectionConfig
 from exitwise.data.controls import control_of, make_controls
 from exitwise.data.images import load_image
 from exitwise.data.selection import load_samples
@@ -37,18 +38,18 @@ def test_control_images():
 
 
 def test_every_prompt_gets_them_once_even_where_images_cross():
-    config = AuditConfig(model="m", limit=3, vqa=0, cross=True, controls=True)
-    samples = load_samples(config).samples
+    chosen = SelectionConfig(limit=3, vqa=0, cross=True, controls=True)
+    samples = load_samples(DataConfig(), chosen, 0).samples
     controls = [s for s in samples if control_of(s)]
     assert len(controls) == 9
     assert all(s.kind == "harmful" for s in controls)
-    plain = load_samples(AuditConfig(model="m", limit=3, vqa=0, cross=True)).samples
+    plain = load_samples(DataConfig(), SelectionConfig(limit=3, vqa=0, cross=True), 0).samples
     assert [s for s in samples if not control_of(s)] == plain
 
 
 def test_an_audit_with_controls(tiny_folder, tmp_path):
     run = tmp_path / "run"
-    audit(AuditConfig(model=str(tiny_folder), limit=3, vqa=0, max_new_tokens=4, controls=True), run)
+    audit(AuditConfig.of(str(tiny_folder), limit=3, vqa=0, max_new_tokens=4, controls=True), run)
     config = json.loads((run / "config.json").read_text())
     assert config["counts"] == {"harmful": 3, "benign": 3, "vqa": 0, "controls": 9}
     metrics = json.loads((run / "metrics.json").read_text())

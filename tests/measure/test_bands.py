@@ -87,7 +87,7 @@ def test_groups_follow_blocks_not_thirds():
 
 def test_a_run_follows_its_bands(tiny_folder, tmp_path, pictures):
     run = tmp_path / "run"
-    audit(AuditConfig(model=str(tiny_folder), limit=2, vqa=0, max_new_tokens=2), run)
+    audit(AuditConfig.of(str(tiny_folder), limit=2, vqa=0, max_new_tokens=2), run)
     bands = write_bands(run, tiny_llava(), list(pictures.values()))
     assert [exit_ for group in bands.values() for exit_ in group] == [1, 2, 3, 4]
     assert list(bands) == ["early", "middle", "late"]

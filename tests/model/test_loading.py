@@ -49,7 +49,7 @@ def test_a_saved_checkpoint_answers_as_before(name, folder_of, pictures):
 
 @pytest.mark.parametrize(("name", "exits"), [("llava_next", "default,1,1+3"), ("mllama", "default,1")])
 def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, folder_of, tmp_path):
-    config = AuditConfig(str(folder_of(name)), exits=exits, limit=2, vqa=2, max_new_tokens=4, batch_size=3)
+    config = AuditConfig.of(str(folder_of(name)), exits=exits, limit=2, vqa=2, max_new_tokens=4, batch_size=3)
     report = audit(config, tmp_path / "a")
     whole = (tmp_path / "a/completions.jsonl").read_bytes()
     assert len(whole.splitlines()) == 6 * len(exits.split(","))
@@ -71,7 +71,7 @@ def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, fol
 
 
 def test_layers_that_cannot_be_fused_are_refused_before_the_run_begins(folder_of, tmp_path):
-    config = AuditConfig(str(folder_of("mllama")), exits="1+3", limit=1, vqa=0, max_new_tokens=2)
+    config = AuditConfig.of(str(folder_of("mllama")), exits="1+3", limit=1, vqa=0, max_new_tokens=2)
     with pytest.raises(UserError, match="takes several of its own"):
         audit(config, tmp_path / "run")
     assert not (tmp_path / "run/plan.json").exists()  # so the command may be corrected

@@ -6,14 +6,12 @@ import json
 import re
 import shlex
 import xml.etree.ElementTree as ET
-from dataclasses import asdict
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from exitwise.auditing.audit import plain
 from exitwise.auditing.config import AuditConfig
 from exitwise.errors import UserError
 from exitwise.report import html, svg, transcripts, write_report
@@ -242,18 +240,18 @@ def test_line_does_not_bridge_exits_that_were_not_audited():
 @pytest.mark.parametrize(
     "config",
     [
-        AuditConfig("testbed", limit=12),
-        AuditConfig(
+        AuditConfig.of("testbed", limit=12),
+        AuditConfig.of(
             "my model", data=("xstest-safe:a b.csv", "own-vqa:c.csv"), image_root=("x=/y", "/z"), over_refusal=False
         ),
-        AuditConfig("m", prompts=(Path("a.csv"), Path("b.csv")), cross=True, top_p=0.5, judge="refusal,wildguard"),
+        AuditConfig.of("m", prompts=(Path("a.csv"), Path("b.csv")), cross=True, top_p=0.5, judge="refusal,wildguard"),
     ],
 )
 def test_the_command_of_a_report_asks_the_same_again(tmp_path, config):
     from exitwise.cli.commands import parse
 
     run = write_run(tmp_path / "run", n=6)
-    (run / "config.json").write_text(json.dumps({key: plain(value) for key, value in asdict(config).items()}))
+    (run / "config.json").write_text(json.dumps(config.to_json()))
     page = write_report(run).read_text(encoding="utf-8")
     shown = unescape(re.search(r"<code>(exitwise audit .*?)</code>", page, re.S)[1])
     assert parse(shlex.split(shown)[1:]).config == config

@@ -8,16 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from math import exp
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..data import images
+from ..data.config import SelectionConfig
 from ..data.selection import load_samples, photographs_of
 from ..engines.prefix import ExitRequest
 from ..errors import UserError
 from ..model.exit_names import parse_exits
 from ..run.exit import Exit
 from ..run.records import Sample
-from .config import AlignConfig
+from .config import VQA_QUESTIONS, AlignConfig
 
 PROMPTS_PER_IMAGE = 8  # in a step: prompts of one image share the computing of its tokens
 
@@ -31,7 +32,7 @@ class Pools(NamedTuple):
     skipped: Sequence[str] = ()
     roots: Mapping[str, Path] = {}
     """Folders of the images, for `load_image`."""
-    sources: Sequence[dict[str, Any]] = ()
+    sources: Sequence[dict[str, object]] = ()
     validation: Sequence[Sample] = ()
     """Harmful and harmless prompts that no batch asks (--validation)."""
 
@@ -43,15 +44,13 @@ class Exits(NamedTuple):
 
 
 def load_pools(config: AlignConfig) -> Pools:
-    """The samples and image names of a config: what an audit of the same arguments would ask, from the training split.
+    """The samples and image names of a config; what is built in comes from the training split.
 
     Raises:
         UserError: a file, folder or set cannot be read, or holds nothing usable.
     """
-    asked = config.as_audit()
-    asked.check()
-    found = load_samples(asked, "train")
-    pictures, _ = photographs_of(asked, "train")
+    found = load_samples(config.inputs, SelectionConfig(vqa=VQA_QUESTIONS), config.seed, "train")
+    pictures, _ = photographs_of(config.inputs.images, "train")
     harmful, benign, questions = (
         [s for s in found.samples if s.kind == kind and share]  # what no batch asks needs no image either
         for kind, share in zip(("harmful", "benign", "vqa"), config.mix, strict=True)

@@ -1,17 +1,19 @@
 """What an alignment can be asked. The command line is made from this class (tyro), and config.json holds its fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
+from os import PathLike
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional
 
-from ..auditing.config import AuditConfig
+from ..data.config import DataConfig
+from ..data.options import make_config
 from ..errors import UserError, check_ranges
 
 VQA_QUESTIONS = 1200
-"""Drawn from each VQA set: easy-VQA has 38,575, and a training asks a few hundred."""
+"""Questions drawn from each VQA set; easy-VQA has 38,575, and an alignment uses a few hundred."""
 
 EVAL_EVERY_WORST = 10
 """Steps between two small audits under --schedule worst, which follows them."""
@@ -34,18 +36,7 @@ class AlignConfig:
     last audit, most at the exit with the highest ASR (minimax)."""
     audit: Path | None = None
     """A run directory of `exitwise audit` of this model: first weights of --schedule worst."""
-    data: UseAppendAction[tuple[str, ...]] = ()
-    """Public sets and own rows, as for `exitwise audit --data`: `NAME[/SPLIT][:PATH]`."""
-    image_root: tuple[str, ...] = ()
-    """Folder of the images that the sets of --data name; NAME=FOLDER for one of them."""
-    map: str | None = None
-    """Columns of your own files: prompt=COLUMN,category=COLUMN,id=COLUMN,image=COLUMN,answers=COLUMN."""
-    prompts: tuple[Path, ...] = ()
-    """Files of harmful prompts; without any here or in --data, the built-in training split."""
-    benign: tuple[Path, ...] = ()
-    """Files of harmless prompts; without any here or in --data, the built-in training split."""
-    images: Path | None = None
-    """A folder of images to train on; without it, photographs of scikit-image that no built-in audit shows."""
+    inputs: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     mix: tuple[float, float, float] = (0.5, 0.25, 0.25)
     """Shares of harmful prompts, harmless prompts and VQA questions in a batch; 1 0 0 is the paper's."""
     anchor: tuple[float, float] = (0.5, 1.0)
@@ -144,6 +135,11 @@ class AlignConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
+    @classmethod
+    def of(cls, model: str | PathLike[str], **options: object) -> Self:
+        """A config from flat keywords, those of `DataConfig` included; raises UserError for an unknown one."""
+        return make_config(cls, {"model": model, **options})
+
     def check(self) -> None:
         """Raises UserError for a value out of range, or values that do not go together."""
         ranges: tuple[tuple[str, float, float], ...] = (
@@ -159,6 +155,7 @@ class AlignConfig:
             ("samples_every", 1, inf), ("checkpoint_every", 1, inf), ("seed", 0, inf),
         )  # fmt: skip
         check_ranges(self, ranges)
+        self.inputs.check()
         dtypes = ("auto", "float32", "bfloat16", "float16")
         if self.dtype not in dtypes:
             raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(dtypes)}")
@@ -204,17 +201,3 @@ class AlignConfig:
     def audited_every(self) -> int:
         """Steps between two small audits of the trained exits; 0 for none."""
         return self.eval_every or (EVAL_EVERY_WORST if self.schedule == "worst" else 0)
-
-    def as_audit(self) -> AuditConfig:
-        """The audit that asks what this alignment trains on."""
-        return AuditConfig(
-            self.model,
-            data=self.data,
-            image_root=self.image_root,
-            map=self.map,
-            prompts=self.prompts,
-            benign=self.benign,
-            images=self.images,
-            vqa=VQA_QUESTIONS,
-            seed=self.seed,
-        )

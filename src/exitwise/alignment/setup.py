@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,13 +10,13 @@ import torch
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from ..data.options import to_json
 from ..engines.prefix import ExitRequest, make_rows
 from ..errors import UserError
 from ..model.features import FeatureFiles, writing
 from ..model.vlm import TESTBED_NOTICE
 from ..run import directory
 from ..run.clock import Clock
-from ..run.directory import plain
 from ..run.exit import Exit
 from ..run.progress import Progress
 from ..run.provenance import environment, fingerprint
@@ -169,7 +169,7 @@ def first_state(config: AlignConfig, exits: batches.Exits) -> State:
 def config_json(config: AlignConfig, pools: batches.Pools) -> dict[str, Any]:
     """The config, with the counts and the checksum of the samples: a changed prompt file is another config."""
     text = directory.to_lines(_asked(pools))
-    return {k: plain(v) for k, v in asdict(config).items()} | {
+    return to_json(config) | {
         "counts": {"harmful": len(pools.harmful), "benign": len(pools.benign), "vqa": len(pools.vqa)},
         "skipped": list(pools.skipped),
         "sources": list(pools.sources),

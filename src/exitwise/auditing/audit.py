@@ -9,20 +9,18 @@ from the free memory of the first start and is kept in plan.json, so the figures
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import images
-from ..data.catalogue import count_reasons
 from ..data.controls import control_of
-from ..data.selection import Inputs, load_samples, write_thumbnails
+from ..data.selection import Selection, load_samples, write_thumbnails
+from ..data.sets import count_reasons
 from ..errors import UserError
 from ..measure.bands import read_bands
 from ..model.exit_names import parse_exits
 from ..run import directory
 from ..run.clock import Clock
-from ..run.directory import plain
 from ..run.exit import Exit
 from ..run.progress import Progress, Silent
 from ..run.provenance import environment, fingerprint
@@ -57,7 +55,7 @@ def audit(
 
     config.check()
     progress = progress or Silent()
-    inputs = load_samples(config)
+    inputs = load_samples(config.inputs, config.selection, config.seed)
     _tell_skipped(inputs.skipped, progress)
     with directory.open_run(out, _config_json(config, inputs)):
         clock = Clock(out / "timing.json")
@@ -127,7 +125,7 @@ def _teller(name: str, progress: Progress) -> Callable[[int, int], None]:
     return tell
 
 
-def _config_json(config: AuditConfig, inputs: Inputs) -> dict[str, Any]:
+def _config_json(config: AuditConfig, inputs: Selection) -> dict[str, Any]:
     """The config, the counts, the sources, and the checksum of the samples: a changed prompt file is another config."""
     from ..model.vlm import TESTBED_NOTICE
 
@@ -140,9 +138,8 @@ def _config_json(config: AuditConfig, inputs: Inputs) -> dict[str, Any]:
         pictures.update(f"{name} {image.size}".encode() + image.tobytes())
     asked = [s for s in samples if control_of(s) is None]
     kinds = {kind: sum(s.kind == kind for s in asked) for kind in ("harmful", "benign", "vqa")}
-    fields = {k: plain(v) for k, v in asdict(config).items()}
     extra = {
-        "counts": kinds | ({"controls": len(samples) - len(asked)} if config.controls else {}),
+        "counts": kinds | ({"controls": len(samples) - len(asked)} if config.selection.controls else {}),
         "skipped": inputs.skipped,
         "sources": inputs.sources,
         "samples_sha256": digest,
@@ -150,7 +147,7 @@ def _config_json(config: AuditConfig, inputs: Inputs) -> dict[str, Any]:
         "image_folders": {name: str(folder.resolve()) for name, folder in inputs.roots.items()},
         "notice": TESTBED_NOTICE.get(config.model, ""),
     }
-    return fields | extra | _adapter_info(config)
+    return config.to_json() | extra | _adapter_info(config)
 
 
 def _adapter_info(config: AuditConfig) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """What an audit can be asked. The command line is made from this class (tyro), and config.json holds its fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
-from pathlib import Path
+from os import PathLike
+from typing import Self
 
-from tyro.conf import Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional
 
-from ..data.catalogue import BENCHMARKS, parse_request, split_requests
-from ..data.prompts import FIELDS
+from ..data.config import DataConfig, SelectionConfig
+from ..data.options import make_config, to_json
 from ..errors import UserError, check_ranges
 from ..judges import parse_judges
 from ..model.dtypes import DTYPES
@@ -24,32 +25,8 @@ class AuditConfig:
     exits: str = "all"
     """all, default, early, middle, late, numbers and ranges, separated by commas: default,0-3,late.
     Layers joined by + are one exit that fuses them: 3+18+23."""
-    data: UseAppendAction[tuple[str, ...]] = ()
-    """Public sets and own rows: `NAME[/SPLIT][:PATH]`, several with commas or with the flag again. PATH is a file, a
-    folder or `hf://datasets/OWNER/NAME[@REVISION][/FILE]`; a name alone is fetched from the hub. Names:
-    docs/reference/data.md."""
-    image_root: tuple[str, ...] = ()
-    """Folder of the images that the sets of --data name; NAME=FOLDER for one of them."""
-    map: str | None = None
-    """Columns of your own files: prompt=COLUMN,category=COLUMN,id=COLUMN,image=COLUMN,answers=COLUMN."""
-    prompts: tuple[Path, ...] = ()
-    """Files of harmful prompts (CSV, TSV, JSONL, JSON, TXT, each also .gz, or Parquet). Without harmful prompts from
-    here or from --data, the built-in ones."""
-    benign: tuple[Path, ...] = ()
-    """Files of harmless prompts, for over-refusal; without any here or in --data, the built-in ones."""
-    over_refusal: bool = True
-    """Ask harmless prompts too."""
-    limit: int | None = None
-    """Take only so many prompts of each kind, and of each set of --data: the first of every policy, then the
-    second, and so on."""
-    images: Path | None = None
-    """A folder of images to go with the prompts; without it, ten photographs that scikit-image carries."""
-    cross: bool = False
-    """Ask every prompt about every image, instead of one image per prompt."""
-    controls: bool = False
-    """Ask every harmful prompt with a blank image, with noise and without an image too; reported apart."""
-    vqa: int = 60
-    """Questions that measure utility, of each VQA set in --data, else of easy-VQA; 0 for none."""
+    inputs: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
+    selection: OmitArgPrefixes[SelectionConfig] = field(default_factory=SelectionConfig)
     judge: str = "refusal"
     """Who reads the answers: refusal (a matcher with a coherence gate, no model), a guard, rubric
     (docs/reference/judges.md). Several with commas; the first one's verdicts make the figures."""
@@ -71,11 +48,18 @@ class AuditConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
+    @classmethod
+    def of(cls, model: str | PathLike[str], **options: object) -> Self:
+        """A config from flat keywords, those of `DataConfig` and `SelectionConfig` included.
+
+        Raises:
+            UserError: an unknown option, or a value of another type.
+        """
+        return make_config(cls, {"model": model, **options})
+
     def check(self) -> None:
-        """Raises UserError for a value out of range."""
+        """Raises UserError for a value out of range, or values that exclude each other."""
         ranges: tuple[tuple[str, float, float], ...] = (
-            ("limit", 1, 10**9),
-            ("vqa", 0, 10**6),
             ("max_new_tokens", 1, inf),
             ("batch_size", 1, inf),
             ("temperature", 0, 100),
@@ -86,35 +70,12 @@ class AuditConfig:
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(DTYPES)}")
         parse_judges(self.judge)
-        self.columns()
-        self.image_roots()
-        kinds = {BENCHMARKS[name].kind for name, _, _ in self.requests()}
-        if not self.over_refusal and (self.benign or "benign" in kinds):
-            raise UserError("--no-over-refusal asks no harmless prompts, but --benign or --data names some; drop one")
-        if not self.vqa and "vqa" in kinds:
-            raise UserError("--vqa 0 asks no questions, but --data names a VQA set; drop one")
+        self.inputs.check()
+        self.selection.check(self.inputs)
 
-    def requests(self) -> list[tuple[str, str | None, str | None]]:
-        """(name, split, path) of each set in --data; raises UserError for an unknown one."""
-        return [parse_request(part) for text in self.data for part in split_requests(text)]
-
-    def columns(self) -> dict[str, str]:
-        """{field: column} of --map; raises UserError where it has another form."""
-        pairs = [part.partition("=") for part in (self.map or "").split(",") if part]
-        for field, _, column in pairs:
-            if field not in FIELDS or not column:
-                raise UserError(f"--map got {self.map!r}; expected FIELD=COLUMN,... with FIELD of {', '.join(FIELDS)}")
-        if len({field for field, _, _ in pairs}) < len(pairs):
-            raise UserError(f"--map got {self.map!r}, which maps a field twice; name each once")
-        return {field: column for field, _, column in pairs}
-
-    def image_roots(self) -> dict[str, Path]:
-        """{name of a set, or "" for all others: folder} of --image-root; raises UserError where one is no folder."""
-        roots = {}
-        for text in self.image_root:
-            name, equals, folder = text.partition("=")
-            name, folder = (name, folder) if equals and name in BENCHMARKS else ("", text)
-            if not Path(folder).is_dir():
-                raise UserError(f"--image-root got {text!r}, which is not a folder; expected FOLDER or NAME=FOLDER")
-            roots[name] = Path(folder)
-        return roots
+    def to_json(self) -> dict[str, object]:
+        """The options as config.json holds them: flat, and in the order that it has always had."""
+        found = to_json(self)
+        order = [key for key in found if key != "images"]
+        order.insert(order.index("limit") + 1, "images")
+        return {key: found[key] for key in order}

@@ -58,7 +58,7 @@ class Demo:
     def run(self) -> None:
         name = "testbed-control" if self.control else "testbed"
         out = self.out.with_name(self.out.name + "-control") if self.control and self.out == Demo.out else self.out
-        Audit(AuditConfig(model=name, limit=DEMO_LIMIT), out).run()
+        Audit(AuditConfig.of(name, limit=DEMO_LIMIT), out).run()
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,16 @@
-"""The public sets by name: one table, and `load_benchmark`, which makes samples of a local copy or of the hub's.
+"""The public data sets by name: licence, citation, files, columns and splits of each, and how `--data` names them.
 
-Where files come from: a file, a folder (a clone of the set's repository, or what was unpacked there), an address on the
-hub (hf://datasets/OWNER/NAME@REVISION), or nothing: the set's own place on the hub. Layouts are those that the authors
-publish; docs/reference/data.md lists them.
+The layouts are those that the authors publish; docs/reference/data.md lists them.
 """
 
-import hashlib
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ..errors import UserError
-from ..run.records import Kind, Sample
-from .hub import fetch, parse_address
-from .prompts import Loaded, Place
-from .readers import (
-    Found,
-    advbench_coco,
-    companions,
-    custom,
-    figstep,
-    jailbreakv,
-    mm_safetybench,
-    msts,
-    table,
-    vqav2,
-    xstest,
-)
-from .rows import show
+from ..run.records import Kind
+from .prompts import Loaded
+from .readers import Found, advbench_coco, custom, figstep, jailbreakv, mm_safetybench, msts, table, vqav2, xstest
 
 LANGUAGES = (
     *("english", "arabic", "chinese", "farsi", "french", "german"),
@@ -38,7 +19,7 @@ LANGUAGES = (
 
 
 class Benchmark(NamedTuple):
-    """One line of the table."""
+    """A public data set: where its files are and how a row becomes a sample."""
 
     kind: Kind
     size: str
@@ -46,266 +27,102 @@ class Benchmark(NamedTuple):
     citation: str
     load: Callable[[Found], Loaded]
     files: tuple[str, ...]
-    """Patterns below a folder; the first that matches is read. {split} stands for the split."""
+    """Glob patterns below a folder, the first match is read; {split} stands for the split."""
     hub: str = ""
-    """Data set on the hub; "" where its authors put none there."""
+    """Id of the data set on the hub; "" where its authors published none there."""
     hub_files: tuple[str, ...] = ()
-    """What is fetched."""
+    """Glob patterns of the files to download."""
     columns: Mapping[str, str] = {}
     images: tuple[str, ...] = ()
-    """Where its images are below --image-root or the folder; () for a set without images of its own."""
+    """Folders of its images below --image-root or the folder, the first that exists; () for a set without images."""
     hub_images: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("",)
-    """The first is the usual one."""
+    """The first is the default."""
     home: str = ""
-    """Where its authors publish it."""
+    """Address where its authors publish it."""
 
 
-class Dataset(NamedTuple):
-    """A loaded set."""
-
-    samples: list[Sample]
-    skipped: list[str]
-    roots: dict[str, Path]
-    """Folders of its images, for `load_image`."""
-    source: dict[str, Any]
-    """What config.json keeps: files with sha256, revision, licence, citation, counts."""
-
-
-def load_benchmark(
-    name: str,
-    path: Path | str | None = None,
-    image_root: Path | None = None,
-    split: str | None = None,
-    seed: int = 0,
-    *,
-    columns: Mapping[str, str] | None = None,
-    hold_out: Collection[str] = (),
-) -> Dataset:
-    """A set of BENCHMARKS as samples; those of a set without images have none ("").
-
-    Args:
-        path: a file, a folder, or an hf:// address; None is the set's place on the hub.
-        image_root: folder of its images, where that is not the folder of the files.
-        split: one of the set's splits; None is the usual one.
-        seed: of the pairing of advbench-coco and of the draw of custom.
-        columns: {field: column}, for the sets own-*.
-        hold_out: prompts that advbench-coco leaves out; without any, those that custom draws with this seed.
-
-    Raises:
-        UserError: unknown name or split, files that are not there or have another layout, or no usable row.
-    """
-    if name not in BENCHMARKS:
-        raise UserError(f"there is no data set {name!r}; expected one of: {', '.join(BENCHMARKS)}")
-    bench = BENCHMARKS[name]
-    split = bench.splits[0] if split is None else split
-    if split not in bench.splits:
-        raise UserError(f"{name} has no split {split!r}; expected {', '.join(bench.splits) or 'none'}")
-    folder, files, origin = _locate(name, bench, path, split, image_root)
-    images = Place(name, _image_folder(bench, image_root or folder, split))
-    prefix = name if split == bench.splits[0] else f"{name}-{split}"
-    wanted = dict(columns or {}) if name.startswith("own-") else bench.columns
-    loaded = bench.load(Found(name, prefix, bench.kind, split, files, images, image_root, wanted, seed, hold_out))
-    if not loaded.samples:
-        reasons = ", ".join(f"{reason}: {n}" for reason, n in count_reasons(loaded.skipped).items())
-        why = reasons or "it has none of this split"
-        raise UserError(f"{name} has no usable row in {show(files[0])} ({why}); {_advice(name, bench)}")
-    hashed = sorted({*files, *(f for q in files for f in companions(q))}) if bench.kind == "vqa" else files
-    source = {
-        "set": name,
-        "kind": bench.kind,
-        "split": split,
-        **origin,
-        "files": {_relative(file, folder): sha256(file) for file in hashed},
-        "licence": bench.licence,
-        "citation": bench.citation,
-        "usable": len(loaded.samples),
-        "skipped": count_reasons(loaded.skipped),
-    }
-    return Dataset(loaded.samples, loaded.skipped, {name: images.folder}, source)
-
-
-def parse_request(text: str) -> tuple[str, str | None, str | None]:
-    """(name, split or None, path or None) of NAME[/SPLIT][:PATH]."""
-    head, colon, path = text.partition(":")
-    name, slash, split = head.partition("/")
-    if name not in BENCHMARKS:
-        raise UserError(f"there is no data set {name!r}; expected one of: {', '.join(BENCHMARKS)}")
-    if (colon and not path) or (slash and not split):
-        raise UserError(f"{text!r} is not finished; expected NAME, NAME:PATH or NAME/SPLIT:PATH")
-    return name, split or None, path or None
-
-
-def split_requests(text: str) -> list[str]:
-    """Cuts NAME:PATH,NAME:PATH where a name of the table follows the comma, so that paths may hold commas."""
-    names = "|".join(sorted(map(re.escape, BENCHMARKS), key=len, reverse=True))
-    return re.split(rf",(?=(?:{names})(?:[/:,]|$))", text)
-
-
-def count_reasons(skipped: Sequence[str]) -> dict[str, int]:
-    """How many lines of `skipped` give each reason; what is in brackets, and lengths, do not tell reasons apart."""
-    reasons = (re.split(r", (?:line|item|row) [^:]*: ", line, maxsplit=1)[-1] for line in skipped)
-    return dict(sorted(Counter(re.sub(r" \(.*|\d+ characters, ", "", reason) for reason in reasons).items()))
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-# ---- where the files are
-
-
-def _locate(
-    name: str, bench: Benchmark, path: Path | str | None, split: str, image_root: Path | None
-) -> tuple[Path, list[Path], dict[str, str]]:
-    """(folder, files to read, where they are from)."""
-    if path is None or str(path).startswith("hf:"):
-        if path is None and not bench.hub:
-            raise UserError(f"{name} is not on the hub; {_advice(name, bench)}")
-        repo, revision, file = parse_address(str(path)) if path else (bench.hub, None, "")
-        patterns = [file] if file else _fill(bench.hub_files, split)
-        if not patterns:
-            raise UserError(f"{path} names no file; expected hf://datasets/OWNER/NAME/FILE")
-        snapshot = fetch(repo, patterns + ([] if image_root else list(bench.hub_images)), revision)
-        files = _first(snapshot.folder, patterns)
-        if not files:
-            raise UserError(f"the data set {repo} has no {' or '.join(patterns)}; {_advice(name, bench)}")
-        return snapshot.folder, files, {"from": repo, "revision": snapshot.revision}
-    path = Path(path)
-    if path.is_dir():
-        patterns = _fill(bench.files, split)
-        files = _first(path, patterns)
-        if not files:
-            raise UserError(f"{show(path)} holds no file of {name}; expected {' or '.join(patterns)} in it")
-        return path, files, {"from": str(path), "revision": ""}
-    if not path.is_file():
-        raise UserError(f"{show(path)} is not there; expected a file or a folder of {name}")
-    return path.parent, [path], {"from": str(path), "revision": ""}
-
-
-def _first(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    return next((found for p in patterns if (found := sorted(f for f in folder.glob(p) if f.is_file()))), [])
-
-
-def _fill(patterns: Sequence[str], split: str) -> list[str]:
-    part = {"validation": "val2014", "train": "train2014"}.get(split, "")  # COCO's names, for VQA-v2
-    return [pattern.format(split=split, part=part) for pattern in patterns]
-
-
-def _image_folder(bench: Benchmark, base: Path, split: str) -> Path:
-    return next((base / sub for sub in _fill(bench.images, split) if (base / sub).is_dir()), base)
-
-
-def _relative(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
-
-
-def _advice(name: str, bench: Benchmark) -> str:
-    if name.startswith("own-"):
-        return "name its columns, as in --map prompt=COLUMN,image=COLUMN,answers=COLUMN"
-    images = " and its images with --image-root" if bench.images else ""
-    return f"give its files as {name}:PATH{images}" + (f" (from {bench.home})" if bench.home else "")
-
-
-# ---- the table
-
-_JAILBREAKV: dict[str, Any] = {
-    "licence": "MIT",
-    "citation": "Luo et al., JailBreakV-28K, COLM 2024, arXiv 2404.03027",
-    "hub": "JailbreakV-28K/JailBreakV-28k",
-    "home": "https://huggingface.co/datasets/JailbreakV-28K/JailBreakV-28k",
-}
-_WITH_IMAGES: dict[str, Any] = _JAILBREAKV | {
-    "load": jailbreakv,
-    "columns": {"prompt": "jailbreak_query", "category": "policy", "id": "id", "image": "image_path"},
-    "images": ("JailBreakV_28K",),
-    "hub_images": ("JailBreakV_28K/*/*",),
-    "splits": ("images", "text"),
-}
-_ADVBENCH: dict[str, Any] = {
-    "licence": "MIT",
-    "citation": "Zou et al., Universal and Transferable Adversarial Attacks, 2023, arXiv 2307.15043",
-    "files": ("*harmful_behaviors.csv", "data/advbench/harmful_behaviors.csv", "data/train-*.parquet"),
-    "hub": "walledai/AdvBench",
-    "hub_files": ("data/train-*.parquet",),
-    "home": "https://github.com/llm-attacks/llm-attacks",
-}
-_XSTEST: dict[str, Any] = {
-    "load": xstest,
-    "licence": "CC-BY-4.0",
-    "citation": "Röttger et al., XSTest, NAACL 2024, arXiv 2308.01263",
-    "files": ("xstest*prompts.csv", "data/test-*.parquet"),
-    "hub": "walledai/XSTest",
-    "hub_files": ("data/test-*.parquet",),
-    "columns": {"prompt": "prompt", "category": "type"},
-    "home": "https://github.com/paul-rottger/xstest",
-}
-_JBB: dict[str, Any] = {
-    "load": table,
-    "licence": "MIT",
-    "citation": "Chao et al., JailbreakBench, NeurIPS 2024, arXiv 2404.01318",
-    "hub": "JailbreakBench/JBB-Behaviors",
-    "columns": {"prompt": "Goal", "category": "Category", "id": "Index"},
-    "home": "https://github.com/JailbreakBench/jailbreakbench",
-}
-_OWN: dict[str, Any] = {
-    "size": "any",
-    "licence": "yours",
-    "citation": "",
-    "load": table,
-    "files": ("*.csv", "*.tsv", "*.jsonl", "*.parquet"),
-}
+_REDTEAM2K = Benchmark(
+    "harmful",
+    "2,000 requests",
+    "MIT",
+    "Luo et al., JailBreakV-28K, COLM 2024, arXiv 2404.03027",
+    table,
+    files=("RedTeam_2K.csv", "JailBreakV_28K/RedTeam_2K.csv", "RedTeam2K.csv"),
+    hub="JailbreakV-28K/JailBreakV-28k",
+    hub_files=("JailBreakV_28K/RedTeam_2K.csv",),
+    columns={"prompt": "question", "category": "policy", "id": "id"},
+    home="https://huggingface.co/datasets/JailbreakV-28K/JailBreakV-28k",
+)
+_JAILBREAKV = _REDTEAM2K._replace(
+    size="28,000 attacks, their images",
+    load=jailbreakv,
+    files=("JailBreakV_28K.csv", "JailBreakV_28K/JailBreakV_28K.csv"),
+    hub_files=("JailBreakV_28K/JailBreakV_28K.csv",),
+    columns={"prompt": "jailbreak_query", "category": "policy", "id": "id", "image": "image_path"},
+    images=("JailBreakV_28K",),
+    hub_images=("JailBreakV_28K/*/*",),
+    splits=("images", "text"),
+)
+_ADVBENCH = Benchmark(
+    "harmful",
+    "520 requests",
+    "MIT",
+    "Zou et al., Universal and Transferable Adversarial Attacks, 2023, arXiv 2307.15043",
+    table,
+    files=("*harmful_behaviors.csv", "data/advbench/harmful_behaviors.csv", "data/train-*.parquet"),
+    hub="walledai/AdvBench",
+    hub_files=("data/train-*.parquet",),
+    home="https://github.com/llm-attacks/llm-attacks",
+)
+_XSTEST = Benchmark(
+    "benign",
+    "250 safe prompts",
+    "CC-BY-4.0",
+    "Röttger et al., XSTest, NAACL 2024, arXiv 2308.01263",
+    xstest,
+    files=("xstest*prompts.csv", "data/test-*.parquet"),
+    hub="walledai/XSTest",
+    hub_files=("data/test-*.parquet",),
+    columns={"prompt": "prompt", "category": "type"},
+    home="https://github.com/paul-rottger/xstest",
+)
+_JBB = Benchmark(
+    "harmful",
+    "100 requests",
+    "MIT",
+    "Chao et al., JailbreakBench, NeurIPS 2024, arXiv 2404.01318",
+    table,
+    files=("*harmful-behaviors.csv", "data/harmful-behaviors.csv"),
+    hub="JailbreakBench/JBB-Behaviors",
+    hub_files=("data/harmful-behaviors.csv",),
+    columns={"prompt": "Goal", "category": "Category", "id": "Index"},
+    home="https://github.com/JailbreakBench/jailbreakbench",
+)
+_OWN = Benchmark("harmful", "any", "yours", "", table, files=("*.csv", "*.tsv", "*.jsonl", "*.parquet"))
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "redteam2k": Benchmark(
-        "harmful",
-        "2,000 requests",
-        load=table,
-        files=("RedTeam_2K.csv", "JailBreakV_28K/RedTeam_2K.csv", "RedTeam2K.csv"),
-        hub_files=("JailBreakV_28K/RedTeam_2K.csv",),
-        columns={"prompt": "question", "category": "policy", "id": "id"},
-        **_JAILBREAKV,
-    ),
-    "jailbreakv-mini": Benchmark(
-        "harmful",
-        "280 attacks, their images",
+    "redteam2k": _REDTEAM2K,
+    "jailbreakv-mini": _JAILBREAKV._replace(
+        size="280 attacks, their images",
         files=("mini_JailBreakV_28K.csv", "JailBreakV_28K/mini_JailBreakV_28K.csv"),
         hub_files=("JailBreakV_28K/mini_JailBreakV_28K.csv",),
-        **_WITH_IMAGES,
     ),
-    "jailbreakv": Benchmark(
-        "harmful",
-        "28,000 attacks, their images",
-        files=("JailBreakV_28K.csv", "JailBreakV_28K/JailBreakV_28K.csv"),
-        hub_files=("JailBreakV_28K/JailBreakV_28K.csv",),
-        **_WITH_IMAGES,
+    "jailbreakv": _JAILBREAKV,
+    "advbench": _ADVBENCH,
+    "advbench-coco": _ADVBENCH._replace(
+        size="510 requests, each with a COCO image", load=advbench_coco, images=("val2014", "val2017")
     ),
-    "advbench": Benchmark("harmful", "520 requests", load=table, **_ADVBENCH),
-    "advbench-coco": Benchmark(
-        "harmful",
-        "510 requests, each with a COCO image",
-        load=advbench_coco,
-        images=("val2014", "val2017"),
-        **_ADVBENCH,
-    ),
-    "custom": Benchmark("harmful", "10 AdvBench or own requests x 10 images", load=custom, **_ADVBENCH),
-    "jbb-harmful": Benchmark(
-        "harmful",
-        "100 requests",
-        files=("*harmful-behaviors.csv", "data/harmful-behaviors.csv"),
-        hub_files=("data/harmful-behaviors.csv",),
-        **_JBB,
-    ),
-    "jbb-benign": Benchmark(
-        "benign",
-        "100 harmless twins",
+    "custom": _ADVBENCH._replace(size="10 AdvBench or own requests x 10 images", load=custom),
+    "jbb-harmful": _JBB,
+    "jbb-benign": _JBB._replace(
+        kind="benign",
+        size="100 harmless twins",
         files=("*benign-behaviors.csv", "data/benign-behaviors.csv"),
         hub_files=("data/benign-behaviors.csv",),
-        **_JBB,
     ),
-    "xstest-safe": Benchmark("benign", "250 safe prompts", **_XSTEST),
-    "xstest-unsafe": Benchmark("harmful", "200 unsafe contrasts", **_XSTEST),
+    "xstest-safe": _XSTEST,
+    "xstest-unsafe": _XSTEST._replace(kind="harmful", size="200 unsafe contrasts"),
     "mm-safetybench": Benchmark(
         "harmful",
         "1,680 questions a split",
@@ -387,7 +204,34 @@ BENCHMARKS: dict[str, Benchmark] = {
         splits=("validation", "train"),
         home="https://visualqa.org/download.html",
     ),
-    "own-harmful": Benchmark("harmful", **_OWN),
-    "own-benign": Benchmark("benign", **_OWN),
-    "own-vqa": Benchmark("vqa", **_OWN),
+    "own-harmful": _OWN,
+    "own-benign": _OWN._replace(kind="benign"),
+    "own-vqa": _OWN._replace(kind="vqa"),
 }
+
+
+class SetAddress(NamedTuple):
+    """One data set of --data."""
+
+    name: str
+    """A key of BENCHMARKS."""
+    split: str | None
+    path: str | None
+    """A file, a folder or an hf:// address."""
+
+
+def parse_request(text: str) -> SetAddress:
+    """Reads NAME[/SPLIT][:PATH]; raises UserError for an unknown name or where a part is missing."""
+    head, colon, path = text.partition(":")
+    name, slash, split = head.partition("/")
+    if name not in BENCHMARKS:
+        raise UserError(f"there is no data set {name!r}; expected one of: {', '.join(BENCHMARKS)}")
+    if (colon and not path) or (slash and not split):
+        raise UserError(f"{text!r} is incomplete; expected NAME, NAME:PATH or NAME/SPLIT:PATH")
+    return SetAddress(name, split or None, path or None)
+
+
+def split_requests(text: str) -> list[str]:
+    """Splits NAME:PATH,NAME:PATH at each comma that a name of BENCHMARKS follows, so that paths may hold commas."""
+    names = "|".join(sorted(map(re.escape, BENCHMARKS), key=len, reverse=True))
+    return re.split(rf",(?=(?:{names})(?:[/:,]|$))", text)

@@ -1,4 +1,4 @@
-"""What an audit asks: the samples of a config, where they are from, and the pictures that go with them."""
+"""Selects samples from files, public sets and the built-in ones, and pairs them with images."""
 
 import hashlib
 import os
@@ -8,61 +8,63 @@ from dataclasses import replace
 from importlib import metadata
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-from ..auditing.config import AuditConfig
 from ..errors import UserError
 from ..run import directory
 from ..run.records import Kind, Sample
 from . import controls, images, prompts, vqa
-from .catalogue import BENCHMARKS, Dataset, count_reasons, load_benchmark, sha256
+from .catalogue import BENCHMARKS, SetAddress
+from .config import DataConfig, SelectionConfig
 from .readers import draw, place_of
+from .sets import Dataset, count_reasons, load_benchmark, sha256
 
 Split = Literal["train", "test"]
 
 
-class Inputs(NamedTuple):
-    """What `load_samples` found."""
+class Selection(NamedTuple):
+    """The samples to ask, and where they and their images come from."""
 
     samples: list[Sample]
     """Harmful, benign, then VQA."""
     skipped: list[str]
-    """What was skipped and why."""
+    """Rows and images that cannot be used, one line each: FILE, line N: reason."""
     roots: dict[str, Path]
     """Folders of the images, for `load_image`."""
-    sources: list[dict[str, Any]]
+    sources: list[dict[str, object]]
     """One entry a file or set: sha256, revision, licence, counts."""
 
 
-def load_samples(config: AuditConfig, split: Split = "test") -> Inputs:
-    """All samples of a config.
+def load_samples(data: DataConfig, chosen: SelectionConfig, seed: int, split: Split = "test") -> Selection:
+    """Reads the data, selects the samples and pairs them with images.
 
     Args:
-        split: of what is built in, prompts, questions and photographs: "test" for audits, "train" for training.
+        seed: of the draw of VQA questions and of the sets that are drawn at random (custom, advbench-coco).
+        split: of the built-in prompts, questions and photographs: "test" for audits, "train" for training.
 
     Raises:
         UserError: a file, folder or set cannot be read, or holds nothing usable.
     """
-    photographs, skipped = photographs_of(config, split)
-    sets = _files(config, "harmful", config.prompts) + _files(config, "benign", config.benign) + _sets(config)
+    photographs, skipped = photographs_of(data.images, split)
+    sets = _files(data, "harmful", data.prompts) + _files(data, "benign", data.benign) + _sets(data, seed)
     present = {kind for kind, _ in sets}
-    sets += [entry for entry in _builtin(config, split) if entry[0] not in present]
-    roots = {"file": config.images} if config.images else {}
+    sets += [entry for entry in _builtin(chosen, seed, split) if entry[0] not in present]
+    roots = {"file": data.images} if data.images else {}
     samples: list[Sample] = []
     sources = []
     for wanted in ("harmful", "benign", "vqa"):
         for kind, found in sets:
             if kind == wanted:
-                asked, broken = _without_broken(_selected(config, kind, found), found.roots)
-                if config.controls and kind == "harmful":
+                asked, broken = _without_broken(_selected(chosen, seed, kind, found), found.roots)
+                if chosen.controls and kind == "harmful":
                     samples += controls.make_controls(asked)
-                samples += _with_images(config, asked, photographs)
+                samples += _with_images(asked, photographs, chosen.cross)
                 skipped += found.skipped + broken
                 reasons = count_reasons(found.skipped + broken)
                 counts = {"usable": len(found.samples), "samples": len(asked), "skipped": reasons}
                 sources.append(found.source | counts)
                 _add_roots(roots, found.roots)
-    return Inputs(_unique(samples), skipped, roots, sources)
+    return Selection(_unique(samples), skipped, roots, sources)
 
 
 def _add_roots(roots: dict[str, Path], more: dict[str, Path]) -> None:
@@ -71,75 +73,72 @@ def _add_roots(roots: dict[str, Path], more: dict[str, Path]) -> None:
             raise UserError(f"the images of {name} are in {roots[name]} and in {folder}; give both parts one folder")
 
 
-def photographs_of(config: AuditConfig, split: Split) -> tuple[list[str], list[str]]:
-    """(names of the images that go with prompts that have none, broken files)."""
-    if not config.images:
+def photographs_of(folder: Path | None, split: Split) -> tuple[list[str], list[str]]:
+    """(names of the images to pair with prompts that have none, files of `folder` that cannot be read)."""
+    if not folder:
         builtin = images.BUILTIN_PHOTOGRAPHS if split == "test" else images.TRAINING_PHOTOGRAPHS
         return [f"photo:{name}" for name in builtin], []
-    names, broken = images.list_images(config.images)
+    names, broken = images.list_images(folder)
     if not names:
-        raise UserError(
-            f"no readable image in {config.images} ({len(broken)} skipped); expected PNG, JPEG, WebP or GIF files"
-        )
+        raise UserError(f"no readable image in {folder} ({len(broken)} skipped); expected PNG, JPEG, WebP or GIF files")
     return names, [f"{path}: {reason}" for path, reason in broken]
 
 
-def _files(config: AuditConfig, kind: Kind, files: tuple[Path, ...]) -> list[tuple[Kind, Dataset]]:
+def _files(data: DataConfig, kind: Kind, files: tuple[Path, ...]) -> list[tuple[Kind, Dataset]]:
     """The files of --prompts or --benign, as one set."""
     if not files:
         return []
-    root = config.image_roots().get("", files[0].parent)
+    root = data.image_roots.get("", files[0].parent)
     samples, skipped, hashes = [], [], {}
     for file in files:
-        loaded = prompts.load_prompts(file, kind, config.columns(), place=prompts.Place("own", root))
+        loaded = prompts.load_prompts(file, kind, data.columns, place=prompts.Place("own", root))
         samples += loaded.samples
         skipped += loaded.skipped
         hashes[str(file)] = sha256(file)
     source = {"set": "own files", "kind": kind, "files": hashes}
-    return [(kind, Dataset(samples, skipped, {"own": root} if "image" in config.columns() else {}, source))]
+    return [(kind, Dataset(samples, skipped, {"own": root} if "image" in data.columns else {}, source))]
 
 
-def _sets(config: AuditConfig) -> list[tuple[Kind, Dataset]]:
-    """The sets of --data in their order; advbench-coco leaves out what a custom set asks."""
-    requests = config.requests()
+def _sets(data: DataConfig, seed: int) -> list[tuple[Kind, Dataset]]:
+    """The sets of --data in their order; advbench-coco leaves out the prompts of a custom set."""
     loaded: dict[int, Dataset] = {}
     held: set[str] = set()
-    for i, (name, split, path) in sorted(enumerate(requests), key=lambda item: item[1][0] != "custom"):
-        loaded[i] = _one_set(config, name, split, path, held)
-        if name == "custom":
+    for i, address in sorted(enumerate(data.requests), key=lambda item: item[1].name != "custom"):
+        loaded[i] = _one_set(data, address, seed, held)
+        if address.name == "custom":
             held |= {sample.prompt for sample in loaded[i].samples}
-    return [(BENCHMARKS[name].kind, loaded[i]) for i, (name, _, _) in enumerate(requests)]
+    return [(BENCHMARKS[address.name].kind, loaded[i]) for i, address in enumerate(data.requests)]
 
 
-def _one_set(config: AuditConfig, name: str, split: str | None, path: str | None, held: Collection[str]) -> Dataset:
-    roots = config.image_roots()
+def _one_set(data: DataConfig, address: SetAddress, seed: int, held: Collection[str]) -> Dataset:
+    (name, split, path), roots = address, data.image_roots
     root = roots.get(name, roots.get(""))
     if name in ("custom", "advbench-coco"):  # any photographs will do, but those of another set are not meant
-        root = roots.get(name) or (root if name == "advbench-coco" else None) or config.images
-    return load_benchmark(name, path, root, split, config.seed, columns=config.columns(), hold_out=held)
+        root = roots.get(name) or (root if name == "advbench-coco" else None) or data.images
+    return load_benchmark(name, path, root, split, seed, columns=data.columns, hold_out=held)
 
 
-def _builtin(config: AuditConfig, split: Split) -> list[tuple[Kind, Dataset]]:
+def _builtin(chosen: SelectionConfig, seed: int, split: Split) -> list[tuple[Kind, Dataset]]:
     sets: list[tuple[Kind, Dataset]] = []
     asked: tuple[tuple[Kind, Callable[..., list[Sample]], bool], ...] = (
         ("harmful", prompts.builtin_harmful, True),
-        ("benign", prompts.builtin_benign, config.over_refusal),
+        ("benign", prompts.builtin_benign, chosen.over_refusal),
     )
     for kind, builtin, wanted in asked:
         if wanted:
             source = {"set": "built-in", "kind": kind, "licence": "Apache-2.0"}
             sets.append((kind, Dataset(builtin(split), [], {}, source)))
-    if config.vqa:
-        questions = vqa.easy_vqa(split, n=config.vqa, images=max(1, config.vqa // 6), seed=config.seed)
+    if chosen.vqa:
+        questions = vqa.easy_vqa(split, n=chosen.vqa, images=max(1, chosen.vqa // 6), seed=seed)
         source = {"set": "easy-vqa", "kind": "vqa", "revision": metadata.version("easy-vqa"), "licence": "MIT"}
         sets.append(("vqa", Dataset(questions, [], {}, source)))
     return sets
 
 
-def _selected(config: AuditConfig, kind: Kind, found: Dataset) -> list[Sample]:
+def _selected(chosen: SelectionConfig, seed: int, kind: Kind, found: Dataset) -> list[Sample]:
     if kind == "vqa":
-        return draw(found.samples, config.vqa, config.seed)
-    return _spread(found.samples, config.limit) if config.limit is not None else found.samples
+        return draw(found.samples, chosen.vqa, seed)
+    return _spread(found.samples, chosen.limit) if chosen.limit is not None else found.samples
 
 
 def _spread(samples: list[Sample], limit: int) -> list[Sample]:
@@ -163,11 +162,11 @@ def _without_broken(samples: list[Sample], roots: dict[str, Path]) -> tuple[list
     return kept, [f"{place_of(s)}: the image is broken ({faults[s.image]})" for s in samples if s.image in faults]
 
 
-def _with_images(config: AuditConfig, samples: list[Sample], names: list[str]) -> list[Sample]:
+def _with_images(samples: list[Sample], names: list[str], cross: bool) -> list[Sample]:
     """Photographs for prompts that came without images; a VQA question without one stays so."""
     if not samples or samples[0].image or samples[0].kind == "vqa":
         return samples
-    return (prompts.cross if config.cross else prompts.attach_images)(samples, names)
+    return (prompts.cross if cross else prompts.attach_images)(samples, names)
 
 
 def _unique(samples: list[Sample]) -> list[Sample]:

@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from importlib.resources import files
 from math import floor, log10
@@ -170,18 +169,17 @@ def _cost_note(row: Mapping[str, Any], mark: str, n_blocks: int) -> str:
 def _command(config: Mapping[str, Any]) -> str:
     """The audit that made this run: what config.json says otherwise than the defaults of AuditConfig."""
     words = ["exitwise", "audit", str(config["model"])]
-    for field in fields(AuditConfig):
-        value = config.get(field.name, field.default)
-        value = tuple(value) if isinstance(value, list) else value
-        flag = field.name.replace("_", "-")
-        if field.name == "model" or value == field.default:
+    for name, default in AuditConfig("").to_json().items():
+        value = config.get(name, default)
+        flag = name.replace("_", "-")
+        if name == "model" or value == default:
             continue
-        if field.name == "data":  # one set a flag
+        if name == "data":  # one set a flag
             words += [word for part in value for word in ("--data", str(part))]
         elif isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else (value,))]
     return shlex.join([*words, "--out", "runs/again"])
 
 
