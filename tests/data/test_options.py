@@ -7,6 +7,7 @@ import pytest
 from exitwise import AlignConfig, AuditConfig, UserError
 from exitwise.cli.commands import parse
 from exitwise.data.options import option_types, to_json
+from exitwise.run.exit import Exit
 
 
 def test_keywords_reach_the_config_that_has_the_option():
@@ -25,6 +26,7 @@ def test_keywords_reach_the_config_that_has_the_option():
         ({"images": "pictures"}, {"images": Path("pictures")}),
         ({"adapter": Path("runs/a")}, {"adapter": "runs/a"}),
         ({"exits": 8}, {"exits": "8"}),
+        ({"exits": Exit(layers=(3, 18))}, {"exits": "3+18"}),
         ({"limit": None}, {}),
     ],
 )

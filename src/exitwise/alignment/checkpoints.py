@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..errors import UserError
 from ..model.features import writing
 from ..run import directory
+from ..run.exit import encode_exit
 
 KEPT = 2
 
@@ -98,7 +99,7 @@ def log(out: Path, metrics: dict[str, Any], answers: list[dict[str, Any]]) -> No
     """Appends a line of metrics, and answers, hostile text as it is, one JSON object a line."""
     for name, rows in (("metrics.jsonl", [metrics]), ("answers.jsonl", answers)):
         with open(out / name, "a", encoding="utf-8") as handle:
-            handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            handle.write("".join(json.dumps(row, ensure_ascii=False, default=encode_exit) + "\n" for row in rows))
 
 
 def sharded(accelerator: Any) -> bool:

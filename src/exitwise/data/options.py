@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, Union, get_args, get_origin,
 
 from ..errors import UserError
 from ..run.directory import plain
+from ..run.exit import Exit
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -86,6 +87,8 @@ def _convert(name: str, value: object, hint: object) -> object:
             raise UserError(f"{name} got {value!r}; expected {len(parts)} values")
         return tuple(_convert(name, item, parts[0]) for item in items)
     whole = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, Exit) and hint is str:
+        return str(value)
     if isinstance(value, str | PathLike) and hint in (str, Path):
         return Path(value) if hint is Path else fspath(value)
     if whole and hint in (int, float, str):
