@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..errors import UserError
 from ..model.features import writing
 from ..run import directory
-from ..run.exit import encode_exit
+from ..run.exit import Exit, encode_exit
 
 KEPT = 2
 
@@ -54,7 +54,8 @@ def save(bench: Any, out: Path, state: Any) -> None:
                 save_file(moments, scratch / "optimizer.safetensors")
     if main:
         lines = {name: _count(out / name) for name in ("metrics.jsonl", "answers.jsonl")}
-        directory.write_json(scratch / "state.json", asdict(state) | {"lines": lines})
+        exit_weights = {str(exit): weight for exit, weight in state.weights.items()}
+        directory.write_json(scratch / "state.json", asdict(state) | {"weights": exit_weights, "lines": lines})
         os.replace(scratch, folder)
         for old in sorted((out / "checkpoints").glob("step-??????"))[:-KEPT]:
             shutil.rmtree(old)
@@ -78,7 +79,7 @@ def resume(bench: Any, out: Path, state: Any) -> tuple[Any, list[dict[str, Any]]
                 _load(bench, folder)
             saved = directory.read_json(folder / "state.json", "step", "kl_coef", "weights", "lines")
             lines = saved.pop("lines")
-            saved["weights"] = {int(exit): weight for exit, weight in saved["weights"].items()}
+            saved["weights"] = {Exit.of(exit): weight for exit, weight in saved["weights"].items()}
             state = type(state)(**saved)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
