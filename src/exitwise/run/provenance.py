@@ -3,7 +3,6 @@
 import hashlib
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ def fingerprint(vlm: Any) -> str:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """The version of exitwise and of each package, None where it is not installed."""
+    from importlib import metadata  # takes longer to import than most of what reads a run
+
     found: dict[str, str | None] = {"exitwise": __version__}
     for package in packages:
         try:
