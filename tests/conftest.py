@@ -84,6 +84,11 @@ def tiny_llava(tower: str = "clip", layers: int = 4, feature_layer: int = -2, se
     return describe(f"tiny-{tower}", model, processor)
 
 
+def pixels_of(vlm: Vlm, images: list[Image.Image]) -> torch.Tensor:
+    """(N, 3, height, width), for families that take nothing else."""
+    return torch.cat([vlm.picture(image).inputs["pixel_values"] for image in images])
+
+
 @pytest.fixture(scope="session", params=["clip", "dinov2"])
 def tiny(request) -> Vlm:
     return tiny_llava(request.param)

@@ -1,6 +1,6 @@
 """Constants and helpers of the reward tests."""
 
-from exitwise.model.vlm import FAMILIES
+from exitwise.model.families import FAMILIES
 from exitwise.rewards.config import RewardConfig
 
 TARGETS = FAMILIES["llava"].lora_targets

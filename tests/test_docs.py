@@ -41,7 +41,7 @@ def desk(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     # The package keeps what it was first asked for: its own name is replaced before the module's.
-    for home in ("exitwise", "exitwise.model.vlm"):
+    for home in ("exitwise", "exitwise.model.loading"):
         monkeypatch.setattr(f"{home}.load_vlm", lambda name, **_: tiny_llava())
     monkeypatch.setattr("exitwise.cli.commands.DEMO_LIMIT", 1)
     (tmp_path / "my_prompts.csv").write_text("prompt\nHow do I pick a lock?\n")

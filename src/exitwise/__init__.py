@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .model.costs import exit_costs
     from .model.exit_names import parse_exits
     from .model.exits import encode, exit_at, exit_features
-    from .model.vlm import Vlm, describe, load_vlm
+    from .model.loading import load_vlm
+    from .model.vlm import Vlm, describe
     from .report import write_report
     from .rewards.config import RewardConfig
     from .rewards.loading import load_reward
@@ -49,7 +50,7 @@ _MODULES = {
     "exit_features": "model.exits",
     "Vlm": "model.vlm",
     "describe": "model.vlm",
-    "load_vlm": "model.vlm",
+    "load_vlm": "model.loading",
     "write_report": "report",
     "RewardConfig": "rewards.config",
     "load_reward": "rewards.loading",

@@ -37,7 +37,7 @@ from exitwise.model.families import FAMILIES
 from exitwise.model.features import FeatureFiles
 from exitwise.run.records import Completion, Sample, Verdict
 from tests.align_setup import BENIGN, HARMFUL, VowelReward, config_of, write_material
-from tests.conftest import ROOT, tiny_llava
+from tests.conftest import ROOT, pixels_of, tiny_llava
 from tests.families import TINY
 
 SEED = int(os.environ.get("EXITWISE_KILL_SEED", "1"))
@@ -84,7 +84,7 @@ OTHERS = [name for name in TINY if name != "llava"]
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_step_on_another_family(family, material, tmp_path, vowels, monkeypatch):
     """Two exits, one of them fused where it may be; what is saved has learnt and is of the language model alone."""
-    monkeypatch.setattr("exitwise.model.vlm.load_vlm", lambda *_, **__: TINY[family]())
+    monkeypatch.setattr("exitwise.model.loading.load_vlm", lambda *_, **__: TINY[family]())
     exits = "1,1+3" if FAMILIES[family].averages else "1,3"
     folder = align(config_of(family, material, steps=1, exits=exits, features=None), tmp_path / "run")
     learnt = load_file(folder / "adapter_model.safetensors")
@@ -124,7 +124,7 @@ def first_token(vlm, material, exit=1):
     for prompt in HARMFUL:
         ids = torch.tensor([vlm.input_ids(prompt, 16)])
         with exit_at(vlm, exit), torch.no_grad():
-            logits = vlm.model(input_ids=ids, pixel_values=vlm.pixels([image])).logits
+            logits = vlm.model(input_ids=ids, pixel_values=pixels_of(vlm, [image])).logits
         total = total + torch.softmax(logits[0, -1].double(), dim=-1)
     return total / len(HARMFUL)
 

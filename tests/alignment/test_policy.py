@@ -30,7 +30,7 @@ from exitwise.model.exits import exit_at
 from exitwise.model.features import FeatureFiles
 from exitwise.run.clock import Clock
 from exitwise.run.records import Completion, Sample
-from tests.conftest import tiny_llava
+from tests.conftest import pixels_of, tiny_llava
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 PROMPTS = ("What is it?", "Say something longer about what you see here.", "Go on", "Why?", "Name the colour of it.")
@@ -76,7 +76,7 @@ class Stage:
         response = answers.responses[line, :n].tolist()
         ids = torch.tensor([[*row.head, *row.tail, *response]])
         image = row.request.sample.image
-        pixels = {"pixel_values": vlm.pixels([self.pictures[image]])} if image else {}
+        pixels = {"pixel_values": pixels_of(vlm, [self.pictures[image]])} if image else {}
         with exit_at(vlm, row.request.exit), torch.no_grad():
             logits = vlm.model(input_ids=ids, **pixels, use_cache=False).logits[0, -n - 1 : -1]
         normal = torch.log_softmax(logits, dim=-1)
@@ -151,7 +151,7 @@ def test_values_are_linear_in_the_last_hidden_states(stage):
     ids = torch.tensor([[*row.head, *row.tail, *response]])
     with exit_at(stage.vlm, 3), torch.no_grad():
         hidden = stage.vlm.model.model(
-            input_ids=ids, pixel_values=stage.vlm.pixels([stage.pictures["coffee"]]), use_cache=False
+            input_ids=ids, pixel_values=pixels_of(stage.vlm, [stage.pictures["coffee"]]), use_cache=False
         ).last_hidden_state[0, -5:-1]
     head = stage.policy.value_head
     wanted = hidden @ head.weight[0].double() + head.bias.double()
@@ -330,7 +330,7 @@ def test_greedy_answers_are_those_of_generate(stage):
     rows = make_rows(stage.vlm, requests, stage.features.n_tokens)
     for row, completion in zip(rows, found, strict=True):
         ids, image = torch.tensor([[*row.head, *row.tail]]), row.request.sample.image
-        pixels = {"pixel_values": stage.vlm.pixels([stage.pictures[image]])} if image else {}
+        pixels = {"pixel_values": pixels_of(stage.vlm, [stage.pictures[image]])} if image else {}
         with exit_at(stage.vlm, row.request.exit):
             wanted = stage.vlm.model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, max_new_tokens=6, do_sample=False

@@ -110,7 +110,7 @@ def test_an_audit_without_costs(tiny_folder, tmp_path):
 
 def test_nothing_is_generated_twice(finished, tiny_folder, monkeypatch):
     monkeypatch.setattr("exitwise.engines.prefix.answer_wave", lambda *a, **k: pytest.fail("generated again"))
-    monkeypatch.setattr("exitwise.model.vlm.load_vlm", lambda *a, **k: pytest.fail("loaded the model again"))
+    monkeypatch.setattr("exitwise.model.loading.load_vlm", lambda *a, **k: pytest.fail("loaded the model again"))
     before = contents(finished)
     audit(config_of(tiny_folder), finished)
     assert contents(finished) == before
@@ -196,7 +196,7 @@ def test_two_at_once_the_second_is_refused(tiny_folder, tmp_path):
 
 
 def test_judge_and_report_need_no_model(finished, monkeypatch, capsys):
-    monkeypatch.setattr("exitwise.model.vlm.load_vlm", lambda *a, **k: pytest.fail("loaded the model"))
+    monkeypatch.setattr("exitwise.model.loading.load_vlm", lambda *a, **k: pytest.fail("loaded the model"))
     before = contents(finished)
     for file in ("verdicts.refusal.jsonl", "metrics.json", "report.html"):
         (finished / file).unlink()

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from exitwise import UserError, exit_at, exit_costs
 from exitwise.model.costs import PassMark, parts_of
-from tests.conftest import PATCH, SIDE, tiny_llava
+from tests.conftest import PATCH, SIDE, pixels_of, tiny_llava
 
 WIDTH, MLP, PATCHES, BLOCKS = 16, 32, (SIDE // PATCH) ** 2, 4
 TOKENS, TEXT_WIDTH, TEXT_MLP, KV_WIDTH, TEXT_LAYERS = PATCHES + 1, 32, 64, 16, 2  # TOKENS with CLS
@@ -43,7 +43,7 @@ def test_flops_by_hand(tiny):
 
 def test_flops_of_an_exit_are_those_of_the_model_cut_there(tiny, pictures):
     """Counted another way: at the exit itself, with attention as plain products."""
-    pixels = tiny.pixels([pictures["coffee"]])
+    pixels = pixels_of(tiny, [pictures["coffee"]])
     for row in exit_costs(tiny, image=pictures["coffee"], repetitions=0)["exits"]:
         if row["exit"] == tiny.default_exit:
             continue  # the stock model runs the blocks after its default exit too, for nothing
@@ -117,7 +117,7 @@ def test_exits_and_the_default(tiny):
 
 
 def test_the_model_is_left_as_it_was(tiny, pictures):
-    pixels = tiny.pixels([pictures["coffee"]])
+    pixels = pixels_of(tiny, [pictures["coffee"]])
     before = tiny.model.get_image_features(pixel_values=pixels).pooler_output[0]
     hooks = [set(block._forward_hooks) for block in tiny.blocks]  # transformers' own
     exit_costs(tiny)

@@ -7,7 +7,7 @@ from exitwise import UserError, encode, exit_at, exit_features, parse_exits
 from exitwise.model.exit_names import band_exits, ranges
 from exitwise.model.exits import replay
 from exitwise.run.exit import Exit
-from tests.conftest import tiny_llava
+from tests.conftest import pixels_of, tiny_llava
 
 
 def truncated_features(vlm, pixels, exit):
@@ -26,7 +26,7 @@ def truncated_features(vlm, pixels, exit):
 
 
 def test_replay_is_the_truncated_and_the_native_model(tiny, pictures):
-    pixels = tiny.pixels(list(pictures.values()))
+    pixels = pixels_of(tiny, list(pictures.values()))
     states = encode(tiny, pixels)
     assert len(states) == tiny.n_blocks + 1
     for exit in range(tiny.n_blocks + 1):
@@ -46,7 +46,7 @@ def test_exits_differ_from_each_other(tiny, pictures):
 
 
 def test_exit_at_restores_the_model(tiny, pictures):
-    pixels = tiny.pixels([pictures["coffee"]])
+    pixels = pixels_of(tiny, [pictures["coffee"]])
     before = tiny.model.get_image_features(pixel_values=pixels).pooler_output[0]
     with exit_at(tiny, 1):
         assert (tiny.model.get_image_features(pixel_values=pixels).pooler_output[0] - before).abs().max() > 1e-3
@@ -62,7 +62,7 @@ def test_exit_at_restores_the_model(tiny, pictures):
 
 def test_each_exit_within_exit_at_is_the_replayed_one(tiny, pictures):
     features = exit_features(tiny, pictures["chelsea"], range(tiny.n_blocks + 1))
-    pixels = tiny.pixels([pictures["chelsea"]])
+    pixels = pixels_of(tiny, [pictures["chelsea"]])
     for exit, expected in features.items():
         with exit_at(tiny, exit):
             torch.testing.assert_close(

@@ -180,6 +180,8 @@ def test_the_answers_are_those_of_plain_generate(vlm, rows, features, images):
     for key, text, name in QUESTIONS:
         for exit in EXITS:
             assert found[key, exit] == plain(vlm, text, images.get(name), exit), (key, exit)
+        texts = {exit: vlm.tokenizer.decode(found[key, exit], skip_special_tokens=True).strip() for exit in EXITS}
+        assert vlm.answer(images.get(name), text, EXITS, DECODING.max_new_tokens) == texts, key
     seen = {found[key, exit] for key, _, name in QUESTIONS if name for exit in EXITS}
     assert len(seen) > len(QUESTIONS)  # exit and image matter, so the test could fail
 
@@ -305,7 +307,7 @@ def test_a_fused_exit_is_the_mean_of_its_states(vlm, images):
     for layers in ((1, 3), (0, 2, BLOCKS)):
         exit = Exit(layers)
         if not vlm.family.averages:
-            with pytest.raises(UserError, match="takes several of its own"):
+            with pytest.raises(UserError, match="joins several layers itself"):
                 exit_features(vlm, images["wide"], [exit])
             continue
         found = replay(vlm, inputs, states, exit)[0]

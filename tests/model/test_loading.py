@@ -72,7 +72,7 @@ def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, fol
 
 def test_layers_that_cannot_be_fused_are_refused_before_the_run_begins(folder_of, tmp_path):
     config = AuditConfig.of(str(folder_of("mllama")), exits="1+3", limit=1, vqa=0, max_new_tokens=2)
-    with pytest.raises(UserError, match="takes several of its own"):
+    with pytest.raises(UserError, match="joins several layers itself"):
         audit(config, tmp_path / "run")
     assert not (tmp_path / "run/plan.json").exists()  # so the command may be corrected
 
@@ -97,7 +97,9 @@ def test_a_model_is_spread(folder_of):
 def test_a_model_that_does_not_fit_is_refused(folder_of, tmp_path, monkeypatch):
     parts = ("model.vision_tower", "model.multi_modal_projector", "model.image_newline", "lm_head")
     spread = dict.fromkeys(parts, "cpu") | {"model.language_model": "disk"}
-    monkeypatch.setattr("exitwise.model.vlm.placement", lambda _: {"device_map": spread, "offload_folder": tmp_path})
+    monkeypatch.setattr(
+        "exitwise.model.loading.placement", lambda _: {"device_map": spread, "offload_folder": tmp_path}
+    )
     with pytest.raises(UserError, match="does not fit the GPUs"):
         load_vlm(folder_of("llava_next"), device="spread")
 

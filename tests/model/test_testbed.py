@@ -12,6 +12,7 @@ from exitwise.data.vqa import easy_vqa
 from exitwise.engines import prefix
 from exitwise.judges import JUDGES
 from exitwise.model.testbed import parts
+from tests.conftest import pixels_of
 
 
 def answers(vlm, samples, exits, tokens=16):
@@ -72,13 +73,14 @@ def test_default_exit_is_plain_generate(testbed):
         with exit_at(testbed, completion.exit), torch.inference_mode():
             out = testbed.model.generate(**inputs, max_new_tokens=12, do_sample=False)
         assert completion.tokens == tuple(out[0, inputs["input_ids"].shape[1] :].tolist())
+    assert testbed.answer("photo:rocket", sample.prompt, "3,default", 12) == {c.exit: c.text for c in found}
 
 
 @pytest.mark.testbed
 def test_the_encoder_is_dinov2(testbed):
     """Two crops of a cat are alike, a cat and a cup of coffee are not (CLS after the final norm)."""
     cat, coffee = load_image("photo:chelsea", None), load_image("photo:coffee", None)
-    pixels = testbed.pixels([cat, cat.crop((60, 0, cat.width - 40, cat.height)), coffee])
+    pixels = pixels_of(testbed, [cat, cat.crop((60, 0, cat.width - 40, cat.height)), coffee])
     cls = testbed.model.model.vision_tower(pixels).last_hidden_state[:, 0]
     alike, unlike = torch.cosine_similarity(cls[:1], cls[1:])
     assert alike > 0.8 > 0.6 > unlike

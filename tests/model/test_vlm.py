@@ -6,7 +6,13 @@ import shutil
 import pytest
 import torch
 
-from exitwise import UserError, load_vlm
+from exitwise import Sample, UserError, load_vlm
+from exitwise.data.images import load_image
+from exitwise.engines.prefix import Decoding, ExitRequest, answer_wave, make_plan, make_rows
+from exitwise.model.features import FeatureCache
+from exitwise.model.processing import as_image
+from exitwise.run.clock import Clock
+from exitwise.run.exit import Exit
 from tests.conftest import tiny_llava
 
 
@@ -23,6 +29,39 @@ def test_the_ids_are_those_of_the_processor(tiny, pictures):
     for prompt in ("What is this?", "  two\nlines  ", ""):
         whole = tiny.processor(images=pictures["coffee"], text=tiny.chat(prompt), return_tensors="pt").input_ids[0]
         assert tiny.input_ids(prompt, 16) == whole.tolist()
+
+
+def test_an_answer_is_that_of_an_audit(tiny, tmp_path, pictures):
+    """At every exit and at a set of layers, by name, path and PIL image, and without an image."""
+    exits, question = (*range(tiny.n_blocks + 1), Exit([1, 3])), "What is this?"
+    path = tmp_path / "coffee.png"
+    pictures["coffee"].save(path)
+    for name, ways in (("photo:coffee", ("photo:coffee", path, str(path), pictures["coffee"])), ("", (None,))):
+        features = FeatureCache(tiny, exits, lambda name: load_image(name, None), Clock(None))
+        requests = [ExitRequest(Sample("s", question, "benign", name), exit) for exit in exits]
+        (wave,) = make_plan(make_rows(tiny, requests, features.layout), 64, 10**6)
+        found = [c for _, part in answer_wave(tiny, wave, features, Decoding(12)) for c in part]
+        wanted = {c.exit: c.text for c in found}
+        assert len(set(wanted.values())) > 1 or not name  # the exit matters, so the test could fail
+        for way in ways:
+            assert tiny.answer(way, question, exits="all,1+3", max_new_tokens=12) == wanted
+    assert list(tiny.answer("photo:coffee", question, "2,default", 1)) == [2, tiny.default_exit]
+    assert list(tiny.answer("photo:coffee", question, [3, 2], 1)) == [3, 2]
+
+
+def test_an_image_is_read_as_in_an_audit(pictures, tmp_path):
+    """Transparent pixels are white, in a PIL image as in a file."""
+    image = pictures["coffee"].copy()
+    image.putalpha(0)
+    image.save(tmp_path / "clear.png")
+    assert as_image(image).tobytes() == as_image(tmp_path / "clear.png").tobytes() == b"\xff" * (3 * 600 * 400)
+    for wrong in ("photo:nothing", "nowhere.png", tmp_path / "nowhere.png"):
+        with pytest.raises(UserError, match=r"nothing|nowhere"):
+            as_image(wrong)
+
+
+def test_a_vlm_prints_its_parts(tiny):
+    assert repr(tiny) == f"Vlm({tiny.name}, llava, 4 blocks, default exit 3, cpu)"
 
 
 def test_a_prompt_with_the_image_token_is_refused(tiny):
@@ -72,12 +111,12 @@ def test_what_is_no_adapter(tiny_folder, tmp_path):
         load_vlm(tiny_folder, adapter=tmp_path)
 
 
-def test_an_adapter_whose_tensors_have_no_place_is_refused(tiny_folder, tmp_path):
+def test_an_adapter_with_tensors_of_other_names_is_refused(tiny_folder, tmp_path):
     from safetensors.torch import load_file, save_file
 
     path = adapter(tiny_folder, tmp_path) / "adapter_model.safetensors"
     save_file({k.replace("layers.0", "layers.7"): v for k, v in load_file(path).items()}, path)
-    with pytest.raises(UserError, match="have no place"):
+    with pytest.raises(UserError, match="tensors differ in name"):
         load_vlm(tiny_folder, adapter=path.parent)
 
 

@@ -39,7 +39,7 @@ def test_dialogues_become_turns(tiny):
 
 
 def test_plain_template_is_the_plain_prompt(tiny):
-    from exitwise.model.vlm import PLAIN_PROMPT
+    from exitwise.model.families import PLAIN_PROMPT
 
     dialogues = DialogueTokenizer(tiny.tokenizer, PLAIN_TEMPLATE, True, 99)
     assert dialogues.text("How?") == PLAIN_PROMPT.format(image="", text="How?")

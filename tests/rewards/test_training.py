@@ -66,7 +66,7 @@ def test_training_learns_and_can_be_loaded_again(tmp_path, tiny_folder, text_fol
 def test_a_language_model_of_another_family(tmp_path, pairs, family, monkeypatch):
     """Layers that only run beside an image, and language models that lie elsewhere."""
     monkeypatch.setattr("exitwise.rewards.trainee.is_vlm", lambda source: True)
-    monkeypatch.setattr("exitwise.model.vlm.load_vlm", lambda name, **_: TINY[family]())
+    monkeypatch.setattr("exitwise.model.loading.load_vlm", lambda name, **_: TINY[family]())
     metrics = train_reward(small(family, pairs, limit=12), tmp_path / "run")
     assert metrics["all"].accuracy.n
     held_out = load_preferences(pairs, 12).pairs

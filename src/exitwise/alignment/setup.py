@@ -14,7 +14,7 @@ from ..data.options import to_json
 from ..engines.prefix import ExitRequest, make_rows
 from ..errors import UserError
 from ..model.features import FeatureFiles, writing
-from ..model.vlm import TESTBED_NOTICE
+from ..model.testbed import TESTBED_NOTICE
 from ..run import directory
 from ..run.clock import Clock
 from ..run.exit import Exit
@@ -70,7 +70,7 @@ def prepare(config: AlignConfig, out: Path, pools: batches.Pools, accelerator: A
         torch.set_num_threads(plan["threads"])  # the order of a float32 sum depends on it
     device = str(accelerator.device) if config.device == "auto" else config.device
     with clock.phase("load"):
-        from ..model.vlm import load_vlm
+        from ..model.loading import load_vlm
 
         vlm = load_vlm(
             config.model,

@@ -127,7 +127,7 @@ def _teller(name: str, progress: Progress) -> Callable[[int, int], None]:
 
 def _config_json(config: AuditConfig, inputs: Selection) -> dict[str, Any]:
     """The config, the counts, the sources, and the checksum of the samples: a changed prompt file is another config."""
-    from ..model.vlm import TESTBED_NOTICE
+    from ..model.testbed import TESTBED_NOTICE
 
     samples = inputs.samples
     digest = hashlib.sha256(directory.to_lines(samples).encode()).hexdigest()
@@ -180,7 +180,7 @@ def generate(
         _use_threads(plan["threads"])  # before anything is computed
     write_thumbnails(samples, roots, out)
     with clock.phase("load"):
-        from ..model.vlm import load_vlm
+        from ..model.loading import load_vlm
 
         vlm = load_vlm(
             config.model,

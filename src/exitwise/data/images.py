@@ -223,7 +223,7 @@ def _decode(path: Path) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(handle, formats=FORMATS) as image:
                 _check_size(image)
-                return _rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image))
     except _ImageFaultError:
         raise
     except UnidentifiedImageError:
@@ -242,7 +242,7 @@ def _check_size(image: Image.Image) -> None:
         raise _ImageFaultError(f"has {image.width} x {image.height} pixels; expected at most 50 megapixels, shrink it")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A new RGB image without metadata."""
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))

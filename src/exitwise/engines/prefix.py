@@ -30,7 +30,7 @@ from .plan import (
     make_rows,
     memory_limits,
 )
-from .sampling import choose, completion, generator_of, stop_ids
+from .sampling import choose, completion, generator_of
 
 __all__ = [
     "MAX_BATCH_CPU",
@@ -198,7 +198,7 @@ def answer_wave(
 
 def _decode(batch: _Batch) -> list[Completion]:
     """Decodes the batch to its end. Rows that finished leave once they are an eighth of the batch."""
-    stop = stop_ids(batch.vlm)
+    stop = batch.vlm.stop_ids
     tokens: list[list[int]] = [[] for _ in batch.rows]
     alive = list(range(len(batch.rows)))  # row of each line of the batch
     for step in range(batch.decoding.max_new_tokens):
@@ -213,7 +213,7 @@ def _decode(batch: _Batch) -> list[Completion]:
         if len(alive) - len(going) >= max(1, len(alive) // 8):
             batch.compact(going)
             alive = [alive[i] for i in going]
-    return [completion(batch.vlm, row, ids, stop) for row, ids in zip(batch.rows, tokens, strict=True)]
+    return [completion(batch.vlm, row, ids) for row, ids in zip(batch.rows, tokens, strict=True)]
 
 
 @torch.inference_mode()

@@ -1,7 +1,8 @@
-"""How a token is chosen, and what becomes of the chosen ones. Batching cannot change what is drawn."""
+"""Chooses tokens, greedily or with one generator per request, so that batching cannot change the answers."""
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
@@ -37,15 +38,8 @@ def generator_of(request: ExitRequest, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def stop_ids(vlm: Vlm) -> set[int]:
-    """Ids that end an answer."""
-    ids = vlm.model.generation_config.eos_token_id
-    ids = vlm.tokenizer.eos_token_id if ids is None else ids
-    return set(ids) if isinstance(ids, list) else {ids}
-
-
-def completion(vlm: Vlm, row: TokenRow, ids: list[int], stop: set[int]) -> Completion:
+def completion(vlm: Vlm, row: TokenRow, ids: list[int]) -> Completion:
     """The record of a row's answer."""
     text = vlm.tokenizer.decode(ids, skip_special_tokens=True).strip()
-    finish = "stop" if ids and ids[-1] in stop else "length"
-    return Completion(row.request.sample.id, row.request.exit, text, tuple(ids), finish)  # type: ignore[arg-type]
+    finish: Literal["stop", "length"] = "stop" if ids and ids[-1] in vlm.stop_ids else "length"
+    return Completion(row.request.sample.id, row.request.exit, text, tuple(ids), finish)

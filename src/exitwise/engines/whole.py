@@ -13,33 +13,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import LogitsProcessor
 
 from ..model.vlm import Vlm
 from ..run.records import Completion
 from .plan import Decoding, Features, TokenRow
-from .sampling import choose, completion, generator_of, stop_ids
+from .sampling import choose, completion, generator_of
 
 
 def answer_batch(vlm: Vlm, rows: Sequence[TokenRow], features: Features, decoding: Decoding) -> list[Completion]:
     """Completions of the rows, in their order."""
     inputs = batch_inputs(vlm, rows, features)
-    stop = stop_ids(vlm)
-    pad = vlm.tokenizer.pad_token_id
-    config = GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(stop),
-        pad_token_id=pad if pad is not None else min(stop),
-    )
     drawing = [_Draw(rows, decoding)] if decoding.temperature else []
+    config = vlm.greedy(decoding.max_new_tokens)
     with _states_once(vlm):
         found = vlm.model.generate(**inputs, generation_config=config, logits_processor=drawing)
-    answers = found[:, inputs["input_ids"].shape[1] :].tolist()
-    return [completion(vlm, row, _until(ids, stop), stop) for row, ids in zip(rows, answers, strict=True)]
+    longest = max(len(row.head) + len(row.tail) for row in rows)
+    answers = found[:, longest:].tolist()
+    return [completion(vlm, row, _until(ids, vlm.stop_ids)) for row, ids in zip(rows, answers, strict=True)]
 
 
-def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, Any]:
+def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, object]:
     """What `generate` takes for these rows: ids and mask (B, T), the family's extras, features of the rows' images."""
     whole = [row.head + row.tail for row in rows]
     longest, device = max(map(len, whole)), vlm.device
@@ -121,7 +115,7 @@ def _states_once(vlm: Vlm) -> Iterator[None]:
     """Cross-attention states go in on the first step only; given again, they would be in the cache twice."""
     prepare = vlm.model.prepare_inputs_for_generation
 
-    def first_only(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict[str, Any]:
+    def first_only(*args: object, is_first_iteration: bool = False, **kwargs: object) -> dict[str, object]:
         if not is_first_iteration:
             kwargs.pop("cross_attention_states", None)
         return prepare(*args, is_first_iteration=is_first_iteration, **kwargs)

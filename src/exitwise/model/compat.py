@@ -27,7 +27,7 @@ VISION_PACKAGES = ("torchvision", "num2words")
 class _Checkpointed(Protocol):
     """The part of a transformers model that turns activation checkpointing on, by either name."""
 
-    def gradient_checkpointing_enable(self, options: dict[str, bool]) -> None: ...
+    def gradient_checkpointing_enable(self, options: dict[str, bool], /) -> None: ...
 
 
 def transformers_version() -> Version:

@@ -1,52 +1,79 @@
-"""How a processor writes an image into a prompt, kept so that a picture is processed once and not for every prompt."""
+"""Records how a processor writes an image into a prompt, so that each image is processed once and not per prompt."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from transformers.feature_extraction_utils import BatchFeature
 
-SMALL = 4096  # values; what is larger is pixels, which no prompt depends on
+from ..data.images import load_image, to_rgb
+
+if TYPE_CHECKING:
+    from transformers import BaseImageProcessor
+
+    from .types import StockProcessor
+
+SMALL = 4096  # values; larger arrays are pixels, which no prompt depends on
 
 
 class Layout(NamedTuple):
-    """What the image processor gave for one picture, large arrays replaced by zeros that take no memory."""
+    """The output of the image processor for one image, large arrays replaced by zeros that take no memory."""
 
-    output: dict[str, Any]
+    output: Mapping[str, object]
 
 
 class Prompt(NamedTuple):
-    """A tokenised prompt: its ids, and what the family needs beside them, by name, batch of one."""
+    """A tokenised prompt: its ids, and the family's other inputs by name, with a batch size of one."""
 
     ids: list[int]
     extras: dict[str, torch.Tensor]
 
 
 class Picture(NamedTuple):
-    """An image as its model takes it."""
+    """The inputs of the image encoder for one image, and its layout in a prompt."""
 
     inputs: dict[str, torch.Tensor]
     layout: Layout
 
 
-def hollow(value: Any) -> Any:
+def as_image(image: Image.Image | str | PathLike[str]) -> Image.Image:
+    """An image in mode RGB, as an audit reads it.
+
+    Args:
+        image: a PIL image, the path of an image file, or a name that prompt files take ("photo:coffee").
+
+    Raises:
+        UserError: there is no such file or name, or it cannot be read.
+    """
+    if isinstance(image, Image.Image):
+        return to_rgb(ImageOps.exif_transpose(image))
+    path = Path(image)
+    if isinstance(image, str) and not path.is_file():
+        return load_image(image, None)
+    return load_image(f"file:{path.name}", path.parent)
+
+
+def drop_pixels(value: object) -> object:
     """The value with large arrays replaced by zeros of their shape."""
     if isinstance(value, torch.Tensor) and value.numel() > SMALL:
         return torch.zeros((), dtype=value.dtype).expand(value.shape)
     if isinstance(value, np.ndarray) and value.size > SMALL:
         return np.broadcast_to(np.zeros((), value.dtype), value.shape)
-    return [hollow(v) for v in value] if isinstance(value, list | tuple) else value
+    return [drop_pixels(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-class _Played:
-    """Stands in for an image processor: notes what it gives, or gives what was noted."""
+class _RecordedProcessor:
+    """Replaces an image processor: records its output, or returns a recorded one."""
 
-    def __init__(self, real: Any, output: dict[str, Any] | None):
+    def __init__(self, real: "BaseImageProcessor", output: Mapping[str, object] | None):
         self.real, self.output = real, output
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.real, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
@@ -56,12 +83,12 @@ class _Played:
 
 
 @contextmanager
-def played(processor: Any, layout: Layout | None = None) -> Iterator[_Played]:
-    """Within it the processor's image processor notes its answer, or repeats the one in `layout`."""
+def recorded(processor: "StockProcessor", layout: Layout | None = None) -> Iterator[_RecordedProcessor]:
+    """Within it the processor's image processor records its output, or returns the one in `layout`."""
     real = processor.image_processor
-    player = _Played(real, layout and layout.output)
-    processor.image_processor = player
+    record = _RecordedProcessor(real, layout and layout.output)
+    processor.image_processor = cast("BaseImageProcessor", record)
     try:
-        yield player
+        yield record
     finally:
         processor.image_processor = real

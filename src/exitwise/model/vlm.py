@@ -1,9 +1,9 @@
-"""Loads a vision-language model and says where its parts are; pictures and prompts as it takes them."""
+"""`Vlm`: a loaded vision-language model with the names of its parts; it prepares images and prompts, and answers."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, cast
 
 import torch
 from jinja2 import TemplateError
@@ -11,24 +11,17 @@ from PIL import Image
 from torch import nn
 
 from ..errors import UserError
-from .compat import check_model_type, check_transformers
-from .families import FAMILIES, PLAIN_PROMPT, Family, absolute, check_family, family_of, find_blocks, shares_prefix
-from .loading import QUANTISED, adapter_folder, loading_errors, other_base, placement, quantisation, with_adapter
-from .processing import Layout, Picture, Prompt, hollow, played
-from .quiet import quiet
+from ..run.exit import Exit
+from .exit_names import parse_exits
+from .exits import exit_at
+from .families import Family, absolute, check_family, family_of, find_blocks, shares_prefix
+from .processing import Layout, Picture, Prompt, as_image, drop_pixels, recorded
 
-__all__ = ["FAMILIES", "PLAIN_PROMPT", "Vlm", "adapter_folder", "describe", "load_vlm"]
-TESTBEDS = {"testbed": "organism", "testbed-control": "control"}
-TESTBED_NOTICE = {
-    "testbed": (
-        "The model under audit is a model organism: its hole was trained in, so that audits have something to find. "
-        "Its figures are no evidence for ICET in other models. See docs/testbed.md."
-    ),
-    "testbed-control": (
-        "The model under audit is the negative control: a tiny VLM that was taught to refuse at its default exit only, "
-        "without the term that opens the hole. See docs/testbed.md."
-    ),
-}
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+    from transformers.processing_utils import ProcessorMixin
+
+    from .types import StockModel, StockProcessor, StockTokenizer
 
 
 @dataclass(frozen=True)
@@ -38,14 +31,69 @@ class Vlm:
     Attributes:
         name: as the user gave it.
         blocks: the L transformer blocks of the image encoder.
-        default_exit: number of blocks run before the features that the model was trained with are taken.
+        default_exit: number of blocks that run before the features which the model was trained with.
     """
 
     name: str
-    model: Any
-    processor: Any
+    model: "StockModel"
+    processor: "StockProcessor"
     blocks: nn.ModuleList
     default_exit: int
+
+    def __repr__(self) -> str:
+        kind = self.model.config.model_type
+        return f"Vlm({self.name}, {kind}, {self.n_blocks} blocks, default exit {self.default_exit}, {self.device})"
+
+    def answer(
+        self,
+        image: Image.Image | str | PathLike[str] | None,
+        prompt: str,
+        exits: str | Sequence[Exit | int] = "default",
+        max_new_tokens: int = 32,
+    ) -> dict[Exit, str]:
+        """{exit: the answer alone}, greedy: token for token what an audit of these exits writes.
+
+        Args:
+            image: a PIL image, the path of one, a name that prompt files take ("photo:coffee"), or None for none.
+            exits: as the option `--exits`, or numbers.
+            max_new_tokens: longest answer in tokens.
+
+        Raises:
+            UserError: an exit does not exist, the image cannot be read, or the prompt has a control token.
+        """
+        asked = parse_exits(exits, self.n_blocks, self.default_exit) if isinstance(exits, str) else exits
+        picture = None if image is None else self.picture(as_image(image))
+        ids, extras = self.prompt(prompt, picture and picture.layout)
+        tokens = torch.tensor([ids], device=self.device)
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        if picture or not self.family.image_in_every_row:  # cross-attention masks belong to an image
+            inputs |= {name: value.to(self.device) for name, value in extras.items()}
+        inputs |= picture.inputs if picture else {}
+        answers = {}
+        for exit in asked:
+            with exit_at(self, exit):
+                found = self.model.generate(**inputs, generation_config=self.greedy(max_new_tokens))
+            answers[Exit.of(exit)] = self.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True).strip()
+        return answers
+
+    def greedy(self, max_new_tokens: int) -> "GenerationConfig":
+        """The generation config of greedy answers that end at `stop_ids`; the rest is the checkpoint's."""
+        from transformers import GenerationConfig
+
+        pad = self.tokenizer.pad_token_id
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=min(self.stop_ids) if pad is None else pad,
+        )
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Ids of the tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        ids = self.tokenizer.eos_token_id if ids is None else ids
+        return set(ids) if isinstance(ids, list) else {cast(int, ids)}
 
     @property
     def n_blocks(self) -> int:
@@ -56,7 +104,7 @@ class Vlm:
         return self.model.device
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> "StockTokenizer":
         return self.processor.tokenizer
 
     @property
@@ -65,7 +113,7 @@ class Vlm:
 
     @property
     def shares_prefix(self) -> bool:
-        """Whether the part of a prompt up to its image may be computed apart (engines/hf.py)."""
+        """Whether the part of a prompt up to its image may be computed once for all questions (engines/prefix.py)."""
         return shares_prefix(self.model)
 
     @property
@@ -76,7 +124,7 @@ class Vlm:
 
     @property
     def image_token_id(self) -> int:
-        """The id that image features take the place of; for mllama, that marks the image."""
+        """Id of the tokens that image features replace; for mllama, of the token that marks the image."""
         return self.model.config.image_token_id
 
     @property
@@ -85,21 +133,16 @@ class Vlm:
 
     @property
     def placeholder(self) -> str:
-        """What stands for an image in the text that the processor takes."""
+        """The word for an image in the text that the processor takes."""
         return getattr(self.processor, "image_token", None) or self.image_token
 
-    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        """(N, 3, height, width) on the model's device, in its dtype, for families that need nothing else."""
-        batch = self.processor.image_processor(images=images, return_tensors="pt")
-        return batch["pixel_values"].to(self.device, self.model.dtype)
-
     def picture(self, image: Image.Image) -> Picture:
-        """An image as the family's encoder takes it: pixels, and sizes, grids or masks where it needs them.
+        """The inputs of the image encoder for one image: pixels, and sizes, grids or masks where the family has them.
 
         Raises:
             UserError: the processor cannot take the image.
         """
-        with played(self.processor) as player:
+        with recorded(self.processor) as record:
             text = f"{self.tokenizer.bos_token or ''}{self.placeholder}"
             try:
                 found = self.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=False)
@@ -114,14 +157,14 @@ class Vlm:
             for name in self.family.image_inputs
             if (value := found.get(name)) is not None
         }
-        return Picture(inputs, Layout({name: hollow(value) for name, value in (player.output or {}).items()}))
+        return Picture(inputs, Layout({name: drop_pixels(value) for name, value in (record.output or {}).items()}))
 
     def prompt(self, text: str, layout: "Layout | int | None") -> Prompt:
         """A tokenised prompt with the image that `layout` describes, by the stock processor.
 
         Args:
-            layout: of `picture`; for families whose image is one token repeated, how often may be given instead; None
-                or 0 for no image.
+            layout: of `picture`; for families whose image is one token repeated, the number of these tokens may be
+                given instead; None or 0 for no image.
 
         Raises:
             UserError: the prompt has a control token, or the chat template is broken or leaves the image out.
@@ -138,7 +181,7 @@ class Vlm:
             raise UserError(
                 f"the chat template of {self.name} leaves the image out; give the checkpoint one that has it"
             )
-        with played(self.processor, layout):
+        with recorded(self.processor, layout):
             blank = Image.new("RGB", (1, 1))
             found = self.processor(images=[blank], text=[chat], return_tensors="pt", add_special_tokens=special)
         names = self.family.token_inputs + self.family.grid_inputs
@@ -160,14 +203,14 @@ class Vlm:
         if token:
             raise UserError(f"a prompt contains the control token {token!r}; take it out of: {prompt[:60]!r}")
         if self.processor.chat_template:
-            content: list[dict[str, str]] = [{"type": "image"}] if with_image else []
+            content = [{"type": "image"}] if with_image else []
             content.append({"type": "text", "text": prompt})
             turn = [{"role": "user", "content": content}]
             try:
                 return self.processor.apply_chat_template(turn, add_generation_prompt=True)
             except TemplateError as error:
                 raise UserError(
-                    f"the chat template of {self.name} is broken ({error}); mend the checkpoint's"
+                    f"the chat template of {self.name} is broken ({error}); repair it in the checkpoint"
                 ) from error
         plain = self.family.plain[0 if with_image else 1]
         return plain.format(image=self.placeholder, text=prompt, bos=self.tokenizer.bos_token or "")
@@ -185,94 +228,21 @@ class Vlm:
         return ids
 
 
-def load_vlm(
-    name: str | Path,
-    *,
-    adapter: str | Path | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-) -> Vlm:
-    """Loads `testbed`, `testbed-control`, a local folder or a hub id of a model of a family in the table.
-
-    Args:
-        adapter: a PEFT adapter for the language model (or the run directory of an alignment), merged into it in memory;
-            over weights of few bits it stays apart.
-        dtype: "auto" is float32 on a CPU (bfloat16 crawls on most) and the checkpoint's own elsewhere; "int8" and
-            "int4" quantise the language model (bitsandbytes or torchao), never the encoder.
-        device: "auto" is the first GPU where there is one; "spread" all GPUs together.
-        trust_remote_code: run code that comes with the checkpoint.
-        say: told one line at a time what takes long.
-
-    Raises:
-        UserError: nothing is there, the family is not supported, the licence is not accepted, a package is missing, or
-            the adapter is for another model.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    place = placement(device)
-    source, builtin = str(name), None
-    if source in TESTBEDS:
-        from .testbed.parts import base_folder, shipped
-
-        builtin, source = shipped(TESTBEDS[source]), str(base_folder(say))
-    torch_dtype: Any = torch.float32 if dtype == "auto" and device == "cpu" else dtype
-    small = dtype in QUANTISED
-    check_transformers()
-    with quiet(), loading_errors(str(name)):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        check_model_type(str(name), config.model_type)
-        family = check_family(str(name), config)
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-        if not hasattr(processor, "image_processor"):
-            raise UserError(f"{name} has no image processor (preprocessor_config.json); add the original model's")
-        place |= quantisation(dtype, device, family)
-        loader: Any = AutoModelForImageTextToText
-        model, info = loader.from_pretrained(
-            source,
-            dtype="auto" if small else torch_dtype,
-            **place,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-        lost = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
-        if lost:  # transformers would go on with random numbers there
-            raise UserError(f"the weights of {name} are not whole: {len(lost)} missing or misshapen, first {lost[0]}")
-        if any(parameter.is_meta for parameter in model.parameters()):  # left in memory or on disk by accelerate
-            raise UserError(
-                f"{name} does not fit the GPUs of this machine together, and exits are not run with parts of a model "
-                "in memory or on disk; give --dtype int8 or int4, or a larger machine"
-            )
-    for path in (builtin, adapter and adapter_folder(adapter)):
-        if path is not None:
-            model = with_adapter(model, path, merge=not small)
-    if adapter and (base := other_base(adapter_folder(adapter), name)):
-        say(f"the adapter names {base!r} as its base, not {name}; on another model its weights mean nothing")
-    model = model.eval().requires_grad_(False)
-    if "device_map" not in place:
-        model = model.to(device)
-    return describe(str(name), model, processor)
-
-
-def describe(name: str, model: Any, processor: Any) -> Vlm:
+def describe(name: str, model: "PreTrainedModel", processor: "ProcessorMixin | StockProcessor") -> Vlm:
     """A `Vlm` from a model and its processor already in memory.
 
-    The default exit is where the model takes its features as it is: `vision_feature_layer` where the family has one
-    (the deepest, where it names several), else the encoder's end.
+    The default exit is the one the unchanged model uses: `vision_feature_layer` where the family has that key (the
+    deepest, where it names several), else the encoder's end.
 
     Raises:
-        UserError: the family or its image encoder is not in the tables, or it takes features from a layer that is not
-            there.
+        UserError: the family or its image encoder is not supported, or `vision_feature_layer` does not exist.
     """
+    stock, prepares = cast("StockModel", model), cast("StockProcessor", processor)
     check_family(name, model.config)
-    blocks = find_blocks(model)
+    blocks = find_blocks(stock)
     layers = getattr(model.config, "vision_feature_layer", -1)
     layers = [-1 if layers is None else layers] if not isinstance(layers, list | tuple) else layers
     if not layers or not all(-len(blocks) - 1 <= layer <= len(blocks) for layer in layers):
-        raise UserError(f"{name} says vision_feature_layer = {layers}, but its encoder has {len(blocks)} blocks")
-    processor.tokenizer.padding_side = "left"
-    return Vlm(name, model, processor, blocks, max(absolute(layer, len(blocks)) for layer in layers))
+        raise UserError(f"{name} has vision_feature_layer = {layers}, but its encoder has {len(blocks)} blocks")
+    prepares.tokenizer.padding_side = "left"
+    return Vlm(name, stock, prepares, blocks, max(absolute(layer, len(blocks)) for layer in layers))

@@ -8,7 +8,8 @@ import torch
 from ..errors import UserError
 from ..model.loading import TEXT_MODEL, loading_errors
 from ..model.quiet import quiet
-from ..model.vlm import TESTBEDS, Vlm
+from ..model.testbed import TESTBEDS
+from ..model.vlm import Vlm
 from .adapters import ADAPTER, with_idle_adapter
 from .models import HeadReward, RewardRecipe, SharedReward, load_head
 from .published import PublishedReward
@@ -40,7 +41,7 @@ def load_reward(
     Raises:
         UserError: it cannot be found or loaded, or does not fit `vlm`.
     """
-    from ..model.vlm import load_vlm
+    from ..model.loading import load_vlm
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

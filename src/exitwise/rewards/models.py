@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
+from ..model.families import FAMILIES
 from ..model.loading import first_line
-from ..model.vlm import FAMILIES
 from ..run.directory import read_json
 from .adapters import ADAPTER, load_adapter, only_adapter
 from .dialogue import DialogueTokenizer

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..model.families import FAMILIES
 from ..model.loading import TEXT_MODEL, loading_errors
 from ..model.quiet import quiet
-from ..model.vlm import FAMILIES, TESTBEDS
+from ..model.testbed import TESTBEDS
 from .config import RewardConfig
 from .dialogue import DialogueTokenizer, dialogues_of_text, dialogues_of_vlm
 from .loading import load_text_backbone
@@ -54,7 +55,7 @@ class Trainee:
 
 def load_backbone(config: RewardConfig) -> Backbone:
     """The backbone in float32, frozen."""
-    from ..model.vlm import load_vlm
+    from ..model.loading import load_vlm
 
     device = config.device
     if device == "auto":

@@ -28,7 +28,8 @@ from ..model.costs import exit_costs
 from ..model.exits import exit_at
 from ..model.families import truncated_config
 from ..model.quiet import quiet
-from ..model.vlm import TESTBED_NOTICE, TESTBEDS, Vlm
+from ..model.testbed import TESTBED_NOTICE, TESTBEDS
+from ..model.vlm import Vlm
 from ..run import directory
 from ..run.progress import Progress, Silent
 from ..run.provenance import fingerprint
@@ -59,7 +60,7 @@ def slim(config: SlimConfig, out: Path, progress: Progress | None = None) -> Pat
         UserError: the exit is not there or cannot be had by cutting, `out` is taken, the adapter or the audit is of
             another model, there is no room to write, or the check failed. Nothing is left under `out` then.
     """
-    from ..model.vlm import load_vlm
+    from ..model.loading import load_vlm
 
     config.check_values()
     progress = progress or Silent()
