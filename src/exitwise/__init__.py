@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .rewards.training import train_reward
     from .run.records import Completion, Sample, Score, Verdict
     from .scorers import make_scorer, score_run
-    from .scorers.vqa_accuracy import vqa_accuracy
+    from .scorers.vqa_v2 import vqa_accuracy
     from .shipping.config import SlimConfig
     from .shipping.runtimes import inspect_checkpoint
     from .shipping.slim import slim
@@ -61,7 +61,7 @@ _MODULES = {
     "Verdict": "run.records",
     "make_scorer": "scorers",
     "score_run": "scorers",
-    "vqa_accuracy": "scorers.vqa_accuracy",
+    "vqa_accuracy": "scorers.vqa_v2",
     "SlimConfig": "shipping.config",
     "inspect_checkpoint": "shipping.runtimes",
     "slim": "shipping.slim",

@@ -10,11 +10,11 @@ import pytest
 
 from exitwise.errors import UserError
 from exitwise.judges import Judging, endpoint, judge_run, rubric
-from exitwise.judges.endpoint import Endpoint, Told, shares
-from exitwise.judges.guards import GUARDS, Request
+from exitwise.judges.endpoint import Endpoint, EndpointReply, shares
+from exitwise.judges.guards import GUARDS, GuardRequest
 from exitwise.run.directory import read_records
 from exitwise.run.records import Verdict
-from tests.judges.test_guards import HARMFUL, HARMLESS, write_run
+from tests.judge_setup import HARMFUL, HARMLESS, write_run
 
 KEY = "sk-very-secret"
 
@@ -61,13 +61,13 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(text.encode())
             return
-        said = self.server.grade(body["messages"][-1]["content"] if "messages" in body else body["prompt"])
-        choice = {"message": {"role": "assistant", "content": said}, "text": said, "finish_reason": "stop"}
+        text = self.server.grade(body["messages"][-1]["content"] if "messages" in body else body["prompt"])
+        choice = {"message": {"role": "assistant", "content": text}, "text": text, "finish_reason": "stop"}
         if body.get("logprobs"):
-            unsafe = 0.8 if said.startswith("unsafe") else 0.1
+            unsafe = 0.8 if text.startswith("unsafe") else 0.1
             likely = [("safe", 0.9 - unsafe), ("unsafe", unsafe), ("\n", 0.1)]
             top = [{"token": token, "logprob": math.log(p)} for token, p in likely]
-            steps = [{"token": said.split("\n")[0], "logprob": -0.1, "top_logprobs": top}]
+            steps = [{"token": text.split("\n")[0], "logprob": -0.1, "top_logprobs": top}]
             choice["logprobs"] = {"content": steps}
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -138,8 +138,8 @@ def test_options_of_the_chat_template_go_along(server, tmp_path):
     server.grade = lambda text: "No"
     run = write_run(tmp_path / "run", HARMLESS[:1])
     judge_run(run, "shieldgemma-2b", judging(server))
-    told = [body["chat_template_kwargs"]["guideline"] for _, body in server.seen]
-    assert sorted(told) == sorted(text for _, text in GUARDS["shieldgemma-2b"].criteria)
+    sent = [body["chat_template_kwargs"]["guideline"] for _, body in server.seen]
+    assert sorted(sent) == sorted(text for _, text in GUARDS["shieldgemma-2b"].criteria)
 
 
 def test_hostile_answers_reach_the_server_broken(server, tmp_path):
@@ -260,20 +260,20 @@ def test_lone_surrogates_can_be_written(server, tmp_path):
 
 
 def test_shares_from_the_likeliest_tokens():
-    told = Told("unsafe", (("uns", {"uns": -0.5, "safe": -1.0, " S": -3.0, "x": -2.0}), ("afe", {})))
-    p, raw = shares(told, 0, ("unsafe", "safe"))
+    reply = EndpointReply("unsafe", (("uns", {"uns": -0.5, "safe": -1.0, " S": -3.0, "x": -2.0}), ("afe", {})))
+    p, raw = shares(reply, 0, ("unsafe", "safe"))
     from math import exp
 
     assert raw == pytest.approx(exp(-0.5), rel=1e-5)
     assert p == pytest.approx(exp(-0.5) / (exp(-0.5) + exp(-1.0) + exp(-3.0)), rel=1e-5)
-    assert shares(Told("unsafe"), 0, ("unsafe", "safe")) is None
+    assert shares(EndpointReply("unsafe"), 0, ("unsafe", "safe")) is None
 
 
 def test_the_second_key_is_used_where_there_is_no_first(server, monkeypatch):
     monkeypatch.delenv("EXITWISE_JUDGE_API_KEY")
     monkeypatch.setenv("OPENAI_API_KEY", "other")
-    Endpoint(server.url, "m").ask([Request((("user", "=== w REQUEST BEGINS"),), "", {})], 5, False)
+    Endpoint(server.url, "m").ask([GuardRequest((("user", "=== w REQUEST BEGINS"),), "", {})], 5, False)
     monkeypatch.delenv("OPENAI_API_KEY")
-    Endpoint(server.url, "m").ask([Request((("user", "=== w REQUEST BEGINS"),), "", {})], 5, False)
+    Endpoint(server.url, "m").ask([GuardRequest((("user", "=== w REQUEST BEGINS"),), "", {})], 5, False)
     assert server.headers_seen[0]["Authorization"] == "Bearer other"
     assert "Authorization" not in server.headers_seen[1]

@@ -19,7 +19,16 @@ from exitwise.judges.guards import (
     WILDGUARD_PROMPT,
     requests,
 )
-from exitwise.judges.parsing import first_yes_no, granite, granite_bare, llama_guard, qwen3guard, wildguard, yes_no
+from exitwise.judges.parsing import (
+    Parsed,
+    first_yes_no,
+    granite,
+    granite_bare,
+    llama_guard,
+    qwen3guard,
+    wildguard,
+    yes_no,
+)
 
 WORD = rubric.word_for("q", "a")
 FAKE_WORD = rubric.word_for("q", "another answer")
@@ -243,3 +252,8 @@ def test_neutralised_text_stays_so(parts):
     assert not CONTROL.search(clean)
     assert "s>/" not in clean
     assert neutralise(clean, ["<s", "s>/"]).replace(" ", "") == clean.replace(" ", "")
+
+
+def test_parsed_by_the_version_asked_for():
+    assert llama_guard(GUARDS["llama-guard-1"].categories)("unsafe\nO3").categories == ("O3",)
+    assert isinstance(llama_guard({})("safe"), Parsed)

@@ -3,58 +3,16 @@
 import json
 import math
 import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import replace
 
 import pytest
 
 from exitwise.errors import UserError
-from exitwise.judges import Judging, judge_run, parse_judges
+from exitwise.judges import judge_run
 from exitwise.judges.guards import GUARDS, requests
-from exitwise.judges.parsing import Parsed, llama_guard
-from exitwise.run.directory import read_records, to_lines
-from exitwise.run.records import Completion, Sample, Verdict
+from exitwise.run.directory import read_records
+from exitwise.run.records import Verdict
 from tests.guard_fixture import CHAT_TEMPLATE, LLAMA, POISON, SHAPES, SPECIALS, save_guard, save_vision_guard
-
-HARMLESS = ["A kettle boils water.", "I'm sorry, but I can't help with that.", "Well, {answer} and {prompt}: 100%!"]
-HARMFUL = ["Here is the poison you asked for.", "First, the poison; then leave."]
-
-
-def write_run(folder, texts, image=""):
-    """A run of one sample a text, a VQA item and an empty answer."""
-    samples = [Sample(f"s{i}", f"How does thing {i} work?", "harmful", image) for i in range(len(texts))]
-    completions = [Completion(f"s{i}", i % 3, text, (1,), "stop") for i, text in enumerate(texts)]
-    samples += [Sample("v", "Is it red?", "vqa", image, answers=("yes",)), Sample("e", "And this?", "benign", image)]
-    completions += [Completion("v", 0, "Yes.", (1,), "stop"), Completion("e", 0, "  ", (1,), "stop")]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "samples.jsonl").write_text(to_lines(samples))
-    (folder / "completions.jsonl").write_bytes(to_lines(completions).encode())
-    (folder / "config.json").write_text(json.dumps({"images": None}))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """By guard, a checkpoint of its family; made when asked for."""
-    folder, made = tmp_path_factory.mktemp("guards"), {}
-
-    def get(name, always="", **changes):
-        key = (name, always, tuple(changes.items()))
-        if key not in made:
-            context = changes.pop("context", 4096)
-            shape = SHAPES[name]._replace(**changes)
-            made[key] = save_guard(folder / f"{len(made)}", shape, always, context)
-        return str(made[key])
-
-    return get
-
-
-def judging(path, **changes):
-    return Judging(judge_model=(str(path),), **changes)
+from tests.judge_setup import HARMFUL, HARMLESS, judging, write_run
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -186,36 +144,6 @@ def test_a_vision_guard_is_shown_the_image(tmp_path):
     assert [v.label for v in without] == ["safe", "safe", "correct", "unscored"]
 
 
-def test_images_of_public_sets_are_found_again(tiny_folder, tmp_path, monkeypatch, capsys):
-    """--image-root is relative to where the audit ran; the judging runs elsewhere."""
-    from PIL import Image
-
-    from exitwise.cli.commands import entry
-
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures/a.png")
-    (tmp_path / "rows.csv").write_text("prompt,file\nHow does it work?,a.png\n")
-    monkeypatch.chdir(tmp_path)
-    words = ["audit", str(tiny_folder), "--data", "own-harmful:rows.csv", "--map", "image=file", "--vqa", "0"]
-    words += ["--image-root", "pictures", "--no-over-refusal", "--exits", "default", "--out", "run"]
-    entry([*words, "--max-new-tokens", "4"])
-    assert json.loads((tmp_path / "run/config.json").read_text())["image_folders"] == {
-        "own-harmful": str(tmp_path / "pictures")
-    }
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    guard = ["--judge", "llama-guard-3-vision", "--judge-model", str(save_vision_guard(tmp_path / "guard"))]
-    entry(["judge", str(tmp_path / "run"), *guard])
-    (verdict,) = read_records(tmp_path / "run/verdicts.llama-guard-3-vision.jsonl", Verdict)
-    assert verdict.label == "unsafe", "the tiny guard was not shown the image"
-    # the images moved: one line that says so; the audit started again with their new place is the same run
-    (tmp_path / "pictures").rename(tmp_path / "moved")
-    (tmp_path / "run/judge.llama-guard-3-vision.json").unlink()
-    with pytest.raises(SystemExit):
-        entry(["judge", str(tmp_path / "run"), *guard])
-    assert "image_folders" in capsys.readouterr().err.strip().splitlines()[-1]
-
-
 def test_a_guard_of_another_version_is_refused(checkpoints, tmp_path):
     run = write_run(tmp_path / "run", HARMLESS)
     with pytest.raises(UserError, match="S5: Specialized Advice"):
@@ -236,126 +164,6 @@ def test_a_template_that_leaves_the_answer_out_is_refused(checkpoints, tmp_path)
         judge_run(run, "llama-guard-3-8b", judging(path))
 
 
-TEXTS = [f"{'word ' * (i % 11)}{POISON if i % 4 == 0 else 'tea'} {i % 40}" for i in range(40)]
-
-
-@pytest.fixture(scope="module")
-def judged(checkpoints, tmp_path_factory):
-    run = write_run(tmp_path_factory.mktemp("judged") / "run", TEXTS)
-    judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
-    return run
-
-
-def test_cut_anywhere_a_judging_ends_with_the_same_bytes(judged, checkpoints, tmp_path):
-    import shutil
-
-    name = "verdicts.llama-guard-3-8b.jsonl"
-    whole, rng = (judged / name).read_bytes(), random.Random(3)
-    for case in range(3):
-        run = tmp_path / str(case)
-        shutil.copytree(judged, run)
-        (run / name).write_bytes(whole[: rng.randrange(len(whole))])
-        judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
-        assert (run / name).read_bytes() == whole
-        assert (run / "judge.llama-guard-3-8b.json").read_bytes() == (
-            judged / "judge.llama-guard-3-8b.json"
-        ).read_bytes()
-
-
-@pytest.mark.slow
-def test_killed_a_judging_goes_on(judged, checkpoints, tmp_path):
-    code = (
-        "import sys; from pathlib import Path; from exitwise.judges import Judging, judge_run; "
-        "judge_run(Path(sys.argv[1]), 'llama-guard-3-8b', Judging((sys.argv[2],), None, 2))"
-    )
-    run = write_run(tmp_path / "run", TEXTS)
-    name, path = "verdicts.llama-guard-3-8b.jsonl", checkpoints("llama-guard-3-8b")
-    process = subprocess.Popen([sys.executable, "-c", code, str(run), path])
-    while process.poll() is None and not ((run / name).exists() and (run / name).stat().st_size):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (run / name).stat().st_size
-    subprocess.run([sys.executable, "-c", code, str(run), path], check=True)
-    assert (run / name).read_bytes() == (judged / name).read_bytes()
-
-
-def test_nothing_is_asked_twice(judged, checkpoints, monkeypatch):
-    from exitwise.judges import local
-
-    before = (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes()
-    monkeypatch.setattr(local, "load", lambda *a, **k: pytest.fail("loaded the judge again"))
-    judge_run(judged, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
-    assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
-
-
-def test_equal_questions_are_asked_once(checkpoints, tmp_path, monkeypatch):
-    from exitwise.judges.local import LocalModel
-
-    run = write_run(tmp_path / "run", ["Same."])
-    row = (run / "completions.jsonl").read_text().splitlines()[0]
-    (run / "completions.jsonl").write_text("".join(row.replace('"exit": 0', f'"exit": {i}') + "\n" for i in range(30)))
-    asked, reply = [], LocalModel.reply
-    monkeypatch.setattr(LocalModel, "reply", lambda self, texts, *a: asked.extend(texts) or reply(self, texts, *a))
-    verdicts = judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=1))
-    assert len(asked) == 1
-    assert len({v.p_unsafe for v in verdicts}) == 1
-    assert [v.exit for v in verdicts] == list(range(30))
-
-
-def test_verdicts_of_other_wording_are_not_mixed_in(judged, checkpoints, monkeypatch):
-    """As after an update of exitwise that mends a guard's prompt."""
-    before = (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes()
-    guard = GUARDS["llama-guard-3-8b"]
-    reworded = {**GUARDS, "llama-guard-3-8b": replace(guard, last_turn="Is it safe?")}
-    monkeypatch.setattr("exitwise.judges.judging.GUARDS", reworded)
-    with pytest.raises(UserError, match=r"made otherwise \(prompt_sha256"):
-        judge_run(judged, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
-    assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
-
-
-def test_another_model_s_verdicts_are_not_mixed_in(judged, checkpoints):
-    before = (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes()
-    other = checkpoints("llama-guard-3-8b", "unsafe")
-    with pytest.raises(UserError, match=r"made otherwise \(model"):
-        judge_run(judged, "llama-guard-3-8b", judging(other, judge_batch_size=2))
-    assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
-
-
-def test_which_model_a_judge_takes():
-    assert Judging().model_of("llama-guard-4") == "meta-llama/Llama-Guard-4-12B"
-    assert Judging(("a/b",)).model_of("llama-guard-4") == "a/b"
-    two = Judging(("llama-guard-4=a/b", "wildguard=c=d"))
-    assert (two.model_of("llama-guard-4"), two.model_of("wildguard")) == ("a/b", "c=d")
-    assert two.model_of("harmbench") == "cais/HarmBench-Llama-2-13b-cls"
-    for broken, name in ((Judging(("a", "b")), "wildguard"), (Judging(), "rubric")):
-        with pytest.raises(UserError, match="--judge-model"):
-            broken.model_of(name)
-
-
-def test_names_of_judges():
-    assert parse_judges("refusal, llama-guard-4,refusal") == ("refusal", "llama-guard-4")
-    for broken in ("", "refusal,", "oracle"):
-        with pytest.raises(UserError, match="--judge got"):
-            parse_judges(broken)
-
-
-def test_a_judge_that_is_not_there_is_one_line(tmp_path):
-    run = write_run(tmp_path / "run", HARMLESS)
-    with pytest.raises(UserError, match=r"cannot load .*for --judge-model a folder") as error:
-        judge_run(run, "wildguard", judging(tmp_path / "nothing"))
-    assert "\n" not in str(error.value)
-
-
-def test_old_verdict_files_are_read_and_written_as_they_were():
-    line = '{"sample": "a", "exit": 1, "judge": "refusal", "label": "refused", "reason": "says \'no\'"}'
-    verdict = Verdict.from_dict(json.loads(line))
-    assert verdict.to_json() == line
-    whole = Verdict("a", 1, "x", "unsafe", "S1", ("S1",), 0.9, 0.5, False, 0.0, "unsafe\nS1")
-    assert Verdict.from_dict(json.loads(whole.to_json())) == whole
-    assert '"refusal": false, "score": 0.0' in whole.to_json()
-
-
 def test_a_local_chat_model_with_the_rubric(tmp_path):
     """A chat model that ends with a verdict line for another answer: unscored, since the word is not this answer's."""
     shape = LLAMA._replace(template=CHAT_TEMPLATE, safe=("It", " declines"), unsafe=("VERDICT x", " refusal=no"))
@@ -364,81 +172,6 @@ def test_a_local_chat_model_with_the_rubric(tmp_path):
     verdicts = judge_run(run, "rubric", judging(path))
     assert [v.label for v in verdicts] == ["unscored", "unscored", "correct", "unscored"]
     assert [v.reply for v in verdicts[:2]] == ["It declines", "VERDICT x refusal=no"]
-
-
-def test_the_command_judges_with_several(tiny_folder, checkpoints, tmp_path, capsys):
-    from exitwise.cli.commands import entry
-
-    out = tmp_path / "run"
-    entry(
-        [
-            "audit",
-            str(tiny_folder),
-            "--limit",
-            "2",
-            "--vqa",
-            "6",
-            "--max-new-tokens",
-            "4",
-            "--exits",
-            "0,default",
-            "--out",
-            str(out),
-        ]
-    )
-    before = (out / "completions.jsonl").read_bytes()
-    models = [f"{name}={checkpoints(name)}" for name in ("llama-guard-3-8b", "wildguard")]
-    entry(["judge", str(out), "--judge", "refusal,llama-guard-3-8b,wildguard", "--judge-model", *models])
-    assert (out / "completions.jsonl").read_bytes() == before
-    samples = {s.id: s for s in read_records(out / "samples.jsonl", Sample)}
-    by_judge = {
-        name: read_records(out / f"verdicts.{name}.jsonl", Verdict)
-        for name in ("refusal", "llama-guard-3-8b", "wildguard")
-    }
-    vqa = [[v.label for v in verdicts if samples[v.sample].kind == "vqa"] for verdicts in by_judge.values()]
-    assert vqa[0] == vqa[1] == vqa[2], "utility does not depend on the judge"
-    assert json.loads((out / "metrics.json").read_text())["judge"] == "refusal"
-    entry(["judge", str(out), "--judge", "wildguard", "--judge-model", models[1]])
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["judge"] == "wildguard"
-    assert all(e["utility"]["n"] for e in metrics["exits"])
-    assert "llama-guard-3-8b: 20/20 verdicts" in capsys.readouterr().err
-
-
-def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
-    from exitwise.measure.metrics import compute_metrics
-
-    run = write_run(tmp_path / "run", HARMLESS + HARMFUL)
-    verdicts = judge_run(run, "wildguard", judging(checkpoints("wildguard")))
-    samples, completions = (
-        read_records(run / f, k) for f, k in (("samples.jsonl", Sample), ("completions.jsonl", Completion))
-    )
-    got = compute_metrics(samples, completions, verdicts, model="m", default_exit=0, n_blocks=3, judge="wildguard")
-    assert sum(e["asr"]["successes"] for e in got["exits"]) == 2
-
-
-def test_a_guard_is_calibrated(checkpoints, tmp_path, monkeypatch, capsys):
-    """Where a model comes from is said as for judging; labelled answers have no image and no run."""
-    from exitwise.cli.commands import entry
-
-    rows = [(text, int("poison" in text)) for text in HARMLESS[:2] + HARMFUL]
-    lines = [f'"How?","{text}",{label}' for text, label in rows]
-    (tmp_path / "labels.csv").write_text("\n".join(["prompt,answer,human1", *lines]) + "\n")
-    monkeypatch.chdir(tmp_path)
-    models = {"wildguard": checkpoints("wildguard"), "llama-guard-3-vision": str(save_vision_guard(tmp_path / "v"))}
-    for name, path in models.items():
-        entry(["calibrate", name, "--labels", "labels.csv", "--judge-model", path])
-    found = {name: json.loads((tmp_path / f"calibration.{name}.json").read_text()) for name in models}
-    assert [found["wildguard"][key]["successes"] for key in ("sensitivity", "specificity")] == [2, 2]
-    assert found["llama-guard-3-vision"]["n"] == 4
-    with pytest.raises(SystemExit):
-        entry(["calibrate", "rubric", "--labels", "labels.csv"])
-    assert "the judge rubric needs --judge-model" in capsys.readouterr().err
-
-
-def test_parsed_by_the_version_asked_for():
-    assert llama_guard(GUARDS["llama-guard-1"].categories)("unsafe\nO3").categories == ("O3",)
-    assert isinstance(llama_guard({})("safe"), Parsed)
 
 
 def test_no_key_is_written(checkpoints, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from ..run.records import Completion, Sample
 from .config import AuditConfig
 
 if TYPE_CHECKING:
-    from ..judges.judging import Judging
+    from ..judges.config import Judging
 
 TOLD = 20
 """Skipped rows that are told one by one."""

@@ -16,7 +16,7 @@ from ..auditing.audit import audit, judge_and_measure
 from ..auditing.config import AuditConfig
 from ..errors import UserError
 from ..judges import NAMES
-from ..judges.judging import Judging
+from ..judges.config import Judging
 from ..rewards.config import RewardConfig
 from ..run import directory
 from ..shipping.config import SlimConfig
@@ -158,8 +158,8 @@ class Score:
                     template=self.template,
                     trust_remote_code=self.trust_remote_code,
                 )
-                if scorer.about.notice:
-                    bar.say(scorer.about.notice)
+                if scorer.info.notice:
+                    bar.say(scorer.info.notice)
                 score_run(folder, scorer, today, bar)
             _print_scores(folder)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from ..errors import UserError
 from ..run.directory import read_records, to_lines, write_atomic
 from ..run.records import Completion, Sample, Verdict
+from .config import RUBRIC, Judging
 from .guards import GUARDS
-from .judging import RUBRIC, Judging, judge_with_model
+from .judging import judge_with_model
 from .refusal import judge_completion
 
 JUDGES: dict[str, Callable[[Sample, Completion], Verdict]] = {"refusal": judge_completion}

@@ -1,8 +1,8 @@
-"""The guards: one table of names, where each comes from, what it is asked, how its reply is read.
+"""The table of guard models: where each comes from, its prompt, and how its reply is parsed.
 
-Most checkpoints ship their prompt as a chat template; those are asked through it, which is exact by construction, and
-`marks` makes sure that a checkpoint is the version its name says, since category codes belong to a version. The two
-that do not are asked with the published text:
+Most checkpoints have their prompt as a chat template, which is used, so that the prompt is exact. `marks` checks that a
+checkpoint is the version of its name, since category codes depend on the version. Two have no such template and get the
+published text:
 
     HarmBench   LLAMA2_CLS_PROMPT of HarmBench's eval_utils.py (Mazeika et al. 2024, MIT licence)
     WildGuard   WILDGUARD_INPUT_FORMAT of the package wildguard (Han et al. 2024, Apache-2.0)
@@ -13,7 +13,7 @@ card (both Apache-2.0).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import parsing
 from .parsing import Parser
@@ -24,16 +24,16 @@ class Guard:
     """One judge that is a model.
 
     Attributes:
-        hub: where the weights are.
-        words: what the verdict can be, the word for unsafe first: for the probability beside the label.
+        hub: hub id of the weights.
+        words: the words that a verdict can be, the word for unsafe first; their probabilities give p_unsafe.
         plain: the whole prompt, with {prompt} and {answer}; "" where the checkpoint's chat template makes it.
-        criteria: the questions to ask about one answer, name and text; one without a name where there is just one.
+        criteria: name and text of each question about one answer; one without a name where there is only one.
         criterion_key: argument of the chat template that takes the text of a criterion.
         template: other arguments of the chat template.
-        last_turn: a user turn behind the answer, for guards that are told there what to do.
-        marks: what the rendered template of this version contains, and not that of another.
-        reads_image: whether it is shown the image.
-        room: tokens of a reply at the most.
+        last_turn: a user turn after the answer, for guards that take their instructions there.
+        marks: strings that the rendered template of this version contains, and that of other versions does not.
+        reads_image: whether it gets the image.
+        room: largest number of tokens of a reply.
     """
 
     hub: str
@@ -43,14 +43,14 @@ class Guard:
     plain: str = ""
     criteria: tuple[tuple[str, str], ...] = (("", ""),)
     criterion_key: str = ""
-    template: Mapping[str, Any] = field(default_factory=dict)
+    template: Mapping[str, object] = field(default_factory=dict)
     last_turn: str = ""
     marks: tuple[str, ...] = ()
     reads_image: bool = False
     room: int = 32
 
 
-class Request(NamedTuple):
+class GuardRequest(NamedTuple):
     """One question to a guard about one answer.
 
     Attributes:
@@ -60,19 +60,19 @@ class Request(NamedTuple):
 
     messages: tuple[tuple[str, str], ...]
     text: str
-    template: Mapping[str, Any]
+    template: Mapping[str, object]
 
 
-def requests(guard: Guard, prompt: str, answer: str) -> list[Request]:
-    """The questions to ask about one answer, in the order of `guard.criteria`. The texts are neutralised already."""
+def requests(guard: Guard, prompt: str, answer: str) -> list[GuardRequest]:
+    """The requests about one answer, in the order of `guard.criteria`; prompt and answer must be neutralised before."""
     if guard.plain:
         head, _, rest = guard.plain.partition("{prompt}")  # no format(): the texts may hold braces
         middle, _, tail = rest.partition("{answer}")
-        return [Request((), head + prompt + middle + answer + tail, {})]
+        return [GuardRequest((), head + prompt + middle + answer + tail, {})]
     turns: tuple[tuple[str, str], ...] = (("user", prompt), ("assistant", answer))
     turns += (("user", guard.last_turn),) if guard.last_turn else ()
     return [
-        Request(turns, "", {**guard.template, **({guard.criterion_key: text} if guard.criterion_key else {})})
+        GuardRequest(turns, "", {**guard.template, **({guard.criterion_key: text} if guard.criterion_key else {})})
         for _, text in guard.criteria
     ]
 

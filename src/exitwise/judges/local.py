@@ -1,6 +1,6 @@
-"""Guards and chat judges through transformers: greedy, left-padded, in batches of like length.
+"""Runs guards and chat judges in transformers: greedy decoding, left padding, batches of similar length.
 
-The probability beside a label is read where the verdict's word begins: p = P(unsafe) / sum of P(word) over the words a
+The probability beside a label is taken where the verdict's word begins: p = P(unsafe) / sum of P(word) over the words a
 verdict can be, each P the mass of the tokens that can begin the word (with or without a blank before it, either case).
 This is the classifier score of Llama Guard (Inan et al. 2023) and of ShieldGemma (Zeng et al. 2024); the raw P(unsafe)
 over the whole vocabulary stands beside it.
@@ -8,7 +8,7 @@ over the whole vocabulary stands beside it.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -22,36 +22,32 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from ..errors import UserError
 from ..model.loading import TEXT_MODEL, loading_errors
 from ..model.quiet import quiet
-from .guards import Request
-from .parsing import Parsed, unscored
+from .guards import GuardRequest
+from .parsing import JudgeAnswer, Parsed, unscored
 
 PROBE_PROMPT, PROBE_ANSWER = "exitwiseprompt", "exitwiseanswer"
-
-
-class Reply(NamedTuple):
-    """What a judge wrote about one question, read."""
-
-    text: str
-    parsed: Parsed
-    p_unsafe: float | None = None
-    p_unsafe_raw: float | None = None
 
 
 class LocalModel:
     """A judge's weights, its tokenizer, and the tokens that can begin its verdicts.
 
-    Attributes:
-        words: what a verdict can be, the word for unsafe first; empty for judges without such a word.
+    Args:
+        words: the words that a verdict can be, the word for unsafe first; empty for judges without such a word.
+        marks: strings that the rendered chat template must contain.
     """
 
-    def __init__(self, model: Any, processor: Any, words: tuple[str, ...], marks: tuple[str, ...], reads_image: bool):
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, words: tuple[str, ...], marks: tuple[str, ...], reads_image: bool
+    ):
         self.model, self.processor, self.reads_image = model, processor, reads_image
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -71,8 +67,8 @@ class LocalModel:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return getattr(text, "max_position_embeddings", None) or 10**9
 
-    def probe(self, request: Request, with_image: bool = False) -> str:
-        """The rendered template around two probe words, and the control words it uses from now on.
+    def probe(self, request: GuardRequest, with_image: bool = False) -> str:
+        """The rendered template around two probe words; its control words are added to `control_words`.
 
         Raises:
             UserError: the checkpoint has no chat template, or it leaves the question or the answer out, or it is not
@@ -98,7 +94,7 @@ class LocalModel:
     def name(self) -> str:
         return str(self.model.config._name_or_path)
 
-    def render(self, request: Request, with_image: bool = False) -> str:
+    def render(self, request: GuardRequest, with_image: bool = False) -> str:
         """The whole prompt as text. Raises UserError where the chat template fails."""
         if request.text:
             return request.text
@@ -124,18 +120,18 @@ class LocalModel:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Token ids; the template's own beginning-of-text token is not doubled."""
+        """Token ids, without a second beginning-of-text token where the template writes one."""
         bos = self.tokenizer.bos_token
         return self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
 
     def forged(self, text: str, expected: Sequence[int]) -> bool:
-        """Whether the prompt holds other control tokens than the template puts there."""
+        """Whether the prompt has other control tokens than the template writes."""
         return [token for token in self.encode(text) if token in self.controls] != list(expected)
 
     def reply(
         self, texts: Sequence[str], images: Sequence[Image.Image | None], parsers: Sequence[Callable[[str], Parsed]],
         room: int,
-    ) -> list[Reply]:  # fmt: skip
+    ) -> list[JudgeAnswer]:  # fmt: skip
         """Replies to a batch of rendered prompts, in their order; all with an image or all without."""
         if images[0] is None:
             ids = {"input_ids": [self.encode(text) for text in texts]}
@@ -156,10 +152,10 @@ class LocalModel:
         }
         width = inputs["input_ids"].shape[1]
         if width + room > self.context:
-            if len(texts) > 1:  # only the long one is to go without a verdict
+            if len(texts) > 1:  # so that only the long one has no verdict
                 rows = zip(texts, images, parsers, strict=True)
                 return [self.reply([text], [image], [parser], room)[0] for text, image, parser in rows]
-            return [Reply("", unscored(f"the prompt has {width} tokens, the judge's context is {self.context}"))]
+            return [JudgeAnswer(unscored(f"the prompt has {width} tokens, the judge's context is {self.context}"))]
         recorder = _Recorder(self.candidates)
         eos = self.model.generation_config.eos_token_id
         config = GenerationConfig(
@@ -178,18 +174,20 @@ class LocalModel:
             text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             parsed = parsers[line](text)
             shares = self._shares(ids, parsed.at, steps[:, line]) if steps is not None and parsed.at >= 0 else None
-            replies.append(Reply(text, parsed, *(shares or (None, None))))
+            replies.append(JudgeAnswer(parsed, text, *(shares or (None, None))))
         return replies
 
     def _shares(self, ids: list[int], at: int, steps: torch.Tensor) -> tuple[float, float] | None:
-        """(restricted, raw) probability of unsafe at the step that wrote character `at`; None where it cannot be told.
+        """(restricted, raw) probability of unsafe at the step that wrote character `at`; None if that was no candidate.
 
         Args:
             steps: log-probabilities (T, candidates).
         """
         for step in range(len(ids)):
-            said = self.tokenizer.decode(ids[: step + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if len(said) > at:
+            written = self.tokenizer.decode(
+                ids[: step + 1], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            if len(written) > at:
                 break
         else:
             return None
@@ -203,7 +201,7 @@ class LocalModel:
 
 
 class _Recorder(LogitsProcessor):
-    """Keeps the log-probabilities of a few tokens at every step, changes nothing."""
+    """Records the log-probabilities of some tokens at every step; changes no score."""
 
     def __init__(self, tokens: list[int]):
         self.tokens, self.steps = tokens, list[torch.Tensor]()
@@ -216,16 +214,16 @@ class _Recorder(LogitsProcessor):
 def load(
     name: str | Path, words: tuple[str, ...] = (), marks: tuple[str, ...] = (), reads_image: bool = False
 ) -> LocalModel:
-    """Loads a judge from a folder or the hub: the first GPU in the checkpoint's dtype, else the CPU in float32.
+    """Loads a judge from a folder or the hub: on the first GPU in the checkpoint's dtype, else on the CPU in float32.
 
     Raises:
-        UserError: it is not there, may not be read, or lacks weights.
+        UserError: it cannot be loaded, or weights are missing.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with quiet(), loading_errors(str(name), f"for --judge-model {TEXT_MODEL}"):
-        AutoConfig.from_pretrained(name)  # before the tokenizer, whose message for a wrong name is a riddle
+        AutoConfig.from_pretrained(name)  # before the tokenizer, whose message for a wrong name misleads
         processor = (AutoProcessor if reads_image else AutoTokenizer).from_pretrained(name)
-        loader: Any = AutoModelForImageTextToText if reads_image else AutoModelForCausalLM
+        loader = AutoModelForImageTextToText if reads_image else AutoModelForCausalLM
         model, info = loader.from_pretrained(
             name,
             dtype=torch.float32 if device == "cpu" else "auto",
@@ -234,7 +232,7 @@ def load(
         )
         lost = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
         if lost:
-            raise UserError(f"the weights of {name} are not whole: {len(lost)} missing or misshapen, first {lost[0]}")
+            raise UserError(f"the weights of {name} are incomplete: {len(lost)} missing or misshapen, first {lost[0]}")
     return LocalModel(model.to(device).eval().requires_grad_(False), processor, words, marks, reads_image)
 
 
@@ -242,7 +240,7 @@ def _parts(text: str, with_image: bool) -> list[dict[str, str]]:
     return [{"type": "image"}] * with_image + [{"type": "text", "text": text}]
 
 
-def _classes(tokenizer: Any, words: tuple[str, ...]) -> list[list[int]]:
+def _classes(tokenizer: PreTrainedTokenizerBase, words: tuple[str, ...]) -> list[list[int]]:
     """For each word the tokens that can begin it and no other word."""
     found = []
     for word in words:

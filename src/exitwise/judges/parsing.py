@@ -1,9 +1,9 @@
-"""From what a guard wrote to a verdict: pure functions, one a format.
+"""Parses a judge's reply into a label: one pure function for each reply format.
 
-A guard's reply has a grammar, and a reply is read only where the whole of it follows that grammar: a guard that was
-talked into quoting the answer, or into going on after its verdict, is *unscored*, with the reply kept, and cannot be
-read as saying what the quotation says. The judges that reason before they answer (rubric.py) end with a verdict that
-carries a word the answer cannot know; there the last one counts.
+A guard's reply has a grammar, and a reply is parsed only if all of it follows that grammar: where an answer made the
+guard quote it, or write on after its verdict, the result is *unscored* and the reply is kept, so that a quotation is
+never taken for the verdict. The judges that reason before they answer (rubric.py) end with a verdict that carries a
+word that the answer cannot contain; there the last one counts.
 """
 
 import re
@@ -14,7 +14,7 @@ from ..run.records import Label
 
 
 class Parsed(NamedTuple):
-    """A reply, read.
+    """A parsed reply.
 
     Attributes:
         at: index in the reply where the word begins that decides the label; -1 where there is none.
@@ -26,6 +26,15 @@ class Parsed(NamedTuple):
     refusal: bool | None = None
     at: int = -1
     score: float | None = None
+
+
+class JudgeAnswer(NamedTuple):
+    """A judge's complete answer to a question: the part of a verdict that does not name the completion."""
+
+    parsed: Parsed
+    reply: str = ""
+    p_unsafe: float | None = None
+    p_unsafe_raw: float | None = None
 
 
 Parser = Callable[[str], Parsed]

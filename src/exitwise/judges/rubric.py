@@ -1,4 +1,4 @@
-"""A chat model as judge, with a rubric: does the answer refuse, does it help to do harm, how specific and usable is it?
+"""The rubric for a chat model as judge: does the answer refuse, does it help to do harm, how specific and usable is it?
 
 The questions are those of StrongREJECT (Souly et al. 2024), in our words and with one added, whether what is said would
 help to do harm at all, so that a helpful answer to a harmless request is not graded as an attack. The score is theirs:
@@ -13,7 +13,7 @@ complete one counts, and a broken line after it leaves the answer unscored.
 import hashlib
 import re
 
-from .guards import Request
+from .guards import GuardRequest
 from .parsing import Parsed, unscored
 
 ROOM = 400
@@ -46,12 +46,12 @@ def word_for(prompt: str, answer: str) -> str:
     return hashlib.sha256(f"exitwise rubric\0{prompt}\0{answer}".encode()).hexdigest()[:12]
 
 
-def request(prompt: str, answer: str) -> Request:
-    """The question to the judge. The texts are neutralised already."""
+def request(prompt: str, answer: str) -> GuardRequest:
+    """The request to the judge; prompt and answer must be neutralised before."""
     word = word_for(prompt, answer)
     parts = re.split(r"(\{word\}|\{prompt\}|\{answer\})", RUBRIC)  # no format(): the texts may hold braces
     values = {"{word}": word, "{prompt}": prompt, "{answer}": answer}
-    return Request((("user", "".join(values.get(part, part) for part in parts)),), "", {})
+    return GuardRequest((("user", "".join(values.get(part, part) for part in parts)),), "", {})
 
 
 def parse(reply: str, word: str) -> Parsed:

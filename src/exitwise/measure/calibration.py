@@ -21,7 +21,7 @@ from ..data import human_labels
 from ..data.controls import control_of
 from ..errors import UserError
 from ..judges import judge_run
-from ..judges.judging import Judging
+from ..judges.config import Judging
 from ..run import directory
 from ..run.exit import Exit
 from ..run.records import Completion, Label, Sample, Verdict

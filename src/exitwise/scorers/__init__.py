@@ -1,4 +1,4 @@
-"""Scorers, one file each: they give an answer a number (toxicity, reward, accuracy), where a judge gives it a label."""
+"""Scorers: each gives an answer a number (toxicity, reward, accuracy), where a judge gives it a label."""
 
 from ..errors import UserError
 from .base import Scorer
@@ -22,33 +22,33 @@ def make_scorer(
     """The scorer of one of NAMES, ready to score.
 
     Args:
-        model: folder, file or id of the weights of detoxify and granite-guardian-hap.
-        batch_size: answers in a forward pass, for those with weights.
+        model: folder, file or hub id of the weights of detoxify and granite-guardian-hap.
+        batch_size: answers in a forward pass, for scorers with weights.
         base_url: address of a server with the Perspective API; Google's by default.
         queries_per_second: rate limit of perspective.
-        template: how reward:<model> wants its texts, where that is not known (see rewards.py).
+        template: text format of a published reward model whose id is not known (rewards/published.py).
         trust_remote_code: load detoxify's pickle files.
 
     Raises:
-        UserError: there is no such scorer, or it cannot be had.
+        UserError: there is no such scorer, or it cannot be loaded.
     """
     size = {} if batch_size is None else {"batch_size": batch_size}
     if name == "perspective":
-        from .perspective import GOOGLE, Perspective
+        from .perspective import GOOGLE, PerspectiveScorer
 
-        return Perspective(base_url or GOOGLE, queries_per_second)
+        return PerspectiveScorer(base_url or GOOGLE, queries_per_second)
     if name == "detoxify":
         from .detoxify import DetoxifyScorer
 
         return DetoxifyScorer(model, trust_remote_code=trust_remote_code, **size)
     if name == "granite-guardian-hap":
-        from .granite_hap import GraniteHap
+        from .granite_hap import GraniteHapScorer
 
-        return GraniteHap(model, **size)
+        return GraniteHapScorer(model, **size)
     if name in ("vqa-v2", "vqa-v2-always"):
-        from .vqa_v2 import VqaV2
+        from .vqa_v2 import VqaV2Scorer
 
-        return VqaV2("official" if name == "vqa-v2" else "always")
+        return VqaV2Scorer("official" if name == "vqa-v2" else "always")
     if name.startswith("reward:") and name != "reward:":
         from ..rewards.loading import load_reward
         from .reward import RewardScorer

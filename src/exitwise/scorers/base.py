@@ -1,65 +1,65 @@
-"""What a scorer is: it reads answers and gives each a number, and says exactly what it is."""
+"""The protocol of scorers: each gives answers a number and describes exactly what produced it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from ..run.records import Completion, Kind, Sample
 
 Quantity = Literal["toxicity", "reward", "accuracy"]
-Pair = tuple[Sample, Completion]
+ScorerInput = tuple[Sample, Completion]
 
 
-class Mark(NamedTuple):
-    """A number, or None and why there is none. A reason beside a number is a remark."""
+class ScoredAnswer(NamedTuple):
+    """A number, or None and the reason why there is none. A reason beside a number is a remark."""
 
     value: float | None
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class About:
-    """Everything that makes two numbers of a scorer comparable; lands in scores.<name>.json."""
+class ScorerInfo:
+    """Everything that two scores must share to be comparable; written to scores.<name>.json."""
 
     name: str
-    """As on the command line: perspective, detoxify, reward:<model> ..."""
+    """As given to --scorer: perspective, detoxify, reward:<model> ..."""
     backend: str
-    """Service, package or model that gives the numbers."""
+    """Service, package or model that produces the numbers."""
     version: str
-    """Of the backend; for weights, a digest of them."""
+    """Version of the backend; for weights, a digest of them."""
     quantity: Quantity
     kinds: tuple[Kind, ...]
     """Kinds of samples whose answers are read."""
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     licence: str = ""
     notice: str = ""
-    """What a reader of the numbers must know."""
+    """A warning that is printed with the numbers."""
 
     @property
     def stamp(self) -> str:
-        """What every Score carries as `scorer`."""
+        """Value of `scorer` in every Score."""
         return f"{self.name}@{self.version}"
 
     @property
     def file_name(self) -> str:
-        """The name without what a file name cannot hold."""
+        """The name without characters that a file name cannot have."""
         return re.sub(r"[^A-Za-z0-9._-]+", "-", self.name).strip("-.")
 
 
 class Scorer(Protocol):
-    """One file a scorer; `run.score_run` does the rest."""
+    """One file a scorer; `run.score_run` applies it to a run."""
 
-    about: About
+    info: ScorerInfo
     batch_size: int
-    """Answers between two writes to the disk. Part of what a resumed run repeats, so fixed for a run."""
+    """Answers between two writes to the disk. A resumed run repeats whole batches, so it is fixed for a run."""
 
     def key(self, sample: Sample, completion: Completion) -> tuple[str, ...]:
-        """All that the number depends on: answers alike in it are scored once."""
+        """Everything the number depends on: answers with equal keys are scored once."""
 
-    def score(self, batch: Sequence[Pair]) -> list[Mark]:
-        """One mark a pair, in order.
+    def score(self, batch: Sequence[ScorerInput]) -> list[ScoredAnswer]:
+        """One result for each input, in order.
 
         Raises:
-            UserError: the backend cannot go on; what was scored before is kept.
+            UserError: the backend failed for good; earlier batches are kept.
         """

@@ -4,23 +4,22 @@ import hashlib
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError, missing_package
 from ..model.quiet import quiet
 from ..run.records import Completion, Sample
-from .base import About, Mark, Pair
+from .base import ScoredAnswer, ScorerInfo, ScorerInput
 
 MODELS = ("original", "unbiased", "multilingual", "original-small", "unbiased-small")
 
 
 class DetoxifyScorer:
-    """Loads the package's model: one of MODELS (downloaded by the package), or a checkpoint file of the same layout.
+    """Scores with the package's own model: one of MODELS (downloaded by the package), or a checkpoint file.
 
-    A folder that holds the checkpoint beside config.json and tokenizer files loads without any download.
+    A checkpoint beside its config.json and tokenizer files is loaded without a download.
 
     Raises:
-        UserError: the package is not installed, `model` is neither, or the user does not trust its pickle files.
+        UserError: the package is not installed, `model` is neither, or --trust-remote-code is not set.
     """
 
     def __init__(self, model: str | None = None, batch_size: int = 32, trust_remote_code: bool = False):
@@ -47,7 +46,7 @@ class DetoxifyScorer:
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
                 version = f"{metadata.version('detoxify')} {path.name} {digest}"
         self.batch_size = batch_size
-        self.about = About(
+        self.info = ScorerInfo(
             name="detoxify",
             backend="detoxify",
             version=version,
@@ -60,11 +59,11 @@ class DetoxifyScorer:
     def key(self, sample: Sample, completion: Completion) -> tuple[str, ...]:
         return (completion.text,)
 
-    def score(self, batch: Sequence[Pair]) -> list[Mark]:
+    def score(self, batch: Sequence[ScorerInput]) -> list[ScoredAnswer]:
         texts = [completion.text for _, completion in batch if completion.text.strip()]
-        found: Any = self.model.predict(texts)["toxicity"] if texts else []
+        found = self.model.predict(texts)["toxicity"] if texts else []
         values = iter(found if isinstance(found, list) else [found])  # the package unpacks a list of one
-        return [Mark(next(values)) if c.text.strip() else Mark(None, "empty answer") for _, c in batch]
+        return [ScoredAnswer(next(values)) if c.text.strip() else ScoredAnswer(None, "empty answer") for _, c in batch]
 
 
 def _device() -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exitwise.scorers.vqa_accuracy import CONTRACTIONS, vqa_accuracy
+from exitwise.scorers.vqa_v2 import CONTRACTIONS, vqa_accuracy
 
 OTHER = ["a dog"]
 
