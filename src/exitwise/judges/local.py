@@ -22,7 +22,6 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -43,11 +42,9 @@ class LocalModel:
         marks: strings that the rendered chat template must contain.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, processor: Any, words: tuple[str, ...], marks: tuple[str, ...], reads_image: bool
-    ):
+    def __init__(self, model: Any, processor: Any, words: tuple[str, ...], marks: tuple[str, ...], reads_image: bool):
         self.model, self.processor, self.reads_image = model, processor, reads_image
-        self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
+        self.tokenizer = getattr(processor, "tokenizer", processor)
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -223,7 +220,7 @@ def load(
     with quiet(), loading_errors(str(name), f"for --judge-model {TEXT_MODEL}"):
         AutoConfig.from_pretrained(name)  # before the tokenizer, whose message for a wrong name misleads
         processor = (AutoProcessor if reads_image else AutoTokenizer).from_pretrained(name)
-        loader = AutoModelForImageTextToText if reads_image else AutoModelForCausalLM
+        loader: Any = AutoModelForImageTextToText if reads_image else AutoModelForCausalLM
         model, info = loader.from_pretrained(
             name,
             dtype=torch.float32 if device == "cpu" else "auto",

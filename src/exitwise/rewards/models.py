@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -144,7 +144,7 @@ class SharedReward(HeadReward):
         if not recipe.backbone:
             raise UserError(f"{folder} was trained with --tuning full and shares no backbone; train it with lora")
         load_adapter(peft_model, folder)
-        backbone = backbone_of(peft_model.get_base_model())
+        backbone = backbone_of(cast("PreTrainedModel", peft_model.get_base_model()))
         head, scope = load_head(folder, backbone.config.hidden_size), lambda: only_adapter(peft_model, ADAPTER)
         return cls(name or str(folder), backbone, head, recipe.dialogues(tokenizer), recipe, scope)
 
