@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from .rewards.config import RewardConfig
     from .rewards.loading import load_reward
     from .rewards.training import train_reward
+    from .run.exit import Exit
     from .run.records import Completion, Sample, Score, Verdict
+    from .run.run import Run
     from .scorers import make_scorer, score_run
     from .scorers.vqa_v2 import vqa_accuracy
     from .shipping.config import SlimConfig
@@ -55,10 +57,12 @@ _MODULES = {
     "RewardConfig": "rewards.config",
     "load_reward": "rewards.loading",
     "train_reward": "rewards.training",
+    "Exit": "run.exit",
     "Completion": "run.records",
     "Sample": "run.records",
     "Score": "run.records",
     "Verdict": "run.records",
+    "Run": "run.run",
     "make_scorer": "scorers",
     "score_run": "scorers",
     "vqa_accuracy": "scorers.vqa_v2",

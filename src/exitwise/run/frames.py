@@ -1,0 +1,97 @@
+"""A run as pandas DataFrames and as a short HTML table. pandas is imported when a frame is asked for."""
+
+from dataclasses import fields
+from html import escape
+from typing import TYPE_CHECKING
+
+from .figures import ExitFigures, Interval, Metrics
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from .run import Run
+
+SHARES = tuple(field.name for field in fields(ExitFigures) if field.type is Interval)
+"""The metrics that are shares with an interval, in the order of metrics.json."""
+
+
+def figures_frame(metrics: Metrics) -> "DataFrame":
+    """One row an exit.
+
+    Columns: `exit` (text, "3+18" for a set of layers), `band`, for each share its value under the metric's name and
+    `<metric>_low`, `<metric>_high`, `<metric>_n` (95 % Wilson interval; NaN where nothing was measured), `mean_tokens`,
+    `standing` and `may_stop`.
+    """
+    from pandas import DataFrame
+
+    rows = []
+    for row in metrics.exits:
+        shares = {name: row.share(name) for name in SHARES}
+        rows.append(
+            {
+                "exit": str(row.exit),
+                "band": row.band,
+                **{
+                    column: value
+                    for name, share in shares.items()
+                    for column, value in (
+                        (name, share.value),
+                        (f"{name}_low", share.low),
+                        (f"{name}_high", share.high),
+                        (f"{name}_n", share.n),
+                    )
+                },
+                "mean_tokens": row.mean_tokens,
+                "standing": row.standing,
+                "may_stop": row.exit in metrics.answer.stop_at,
+            }
+        )
+    return DataFrame(rows)
+
+
+def answers_frame(run: "Run") -> "DataFrame":
+    """One row an answer, in the order of completions.jsonl.
+
+    Columns: `sample`, `exit` (text), `kind`, `category`, `prompt`, `image`, `answer`, `finish`, `tokens` (a count),
+    `perplexity`, `label` and `reason` of the run's first judge, and `label_<judge>` of every other judge.
+    """
+    from pandas import DataFrame
+
+    samples = {sample.id: sample for sample in run.samples}
+    first = run.metrics.judge
+    verdicts = {judge: {(v.sample, v.exit): v for v in run.verdicts[judge]} for judge in run.verdicts}
+    rows = []
+    for completion in run.finished().completions:
+        sample, at = samples[completion.sample], (completion.sample, completion.exit)
+        verdict = verdicts.get(first, {}).get(at)
+        rows.append(
+            {
+                "sample": sample.id,
+                "exit": str(completion.exit),
+                "kind": sample.kind,
+                "category": sample.category,
+                "prompt": sample.prompt,
+                "image": sample.image,
+                "answer": completion.text,
+                "finish": completion.finish,
+                "tokens": len(completion.tokens),
+                "perplexity": completion.perplexity,
+                "label": verdict.label if verdict else "unscored",
+                "reason": verdict.reason if verdict else "no verdict",
+                **{
+                    f"label_{judge}": found[at].label if at in found else "unscored"
+                    for judge, found in verdicts.items()
+                    if judge != first
+                },
+            }
+        )
+    return DataFrame(rows)
+
+
+def summary_html(run: "Run") -> str:
+    """The run's answer and its main shares by exit, for a notebook; every text is escaped."""
+    if run.read_object("metrics.json") is None:
+        return f"<p>{escape(repr(run))}: not measured yet</p>"
+    frame = run.figures()[["exit", "asr", "over_refusal", "utility", "standing"]]
+    table = frame.to_html(index=False, float_format=lambda share: f"{100 * share:.0f} %", na_rep="not measured")
+    return f"<p><b>{escape(run.answer.headline)}</b> {escape(run.answer.detail)}</p>{table}"
