@@ -1,15 +1,15 @@
 """A run as pandas DataFrames and as a short HTML table. pandas is imported when a frame is asked for."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from html import escape
 from typing import TYPE_CHECKING
 
-from .figures import ExitFigures, Interval, Metrics
+from .figures import Answer, ExitFigures, Interval, Metrics
+from .records import Completion, Sample, Verdict
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-    from .run import Run
 
 SHARES = tuple(field.name for field in fields(ExitFigures) if field.type is Interval)
 """The metrics that are shares with an interval, in the order of metrics.json."""
@@ -49,21 +49,25 @@ def figures_frame(metrics: Metrics) -> "DataFrame":
     return DataFrame(rows)
 
 
-def answers_frame(run: "Run") -> "DataFrame":
+def answers_frame(
+    samples: Iterable[Sample],
+    completions: Iterable[Completion],
+    verdicts: Mapping[str, Iterable[Verdict]],
+    first_judge: str,
+) -> "DataFrame":
     """One row an answer, in the order of completions.jsonl.
 
     Columns: `sample`, `exit` (text), `kind`, `category`, `prompt`, `image`, `answer`, `finish`, `tokens` (a count),
-    `perplexity`, `label` and `reason` of the run's first judge, and `label_<judge>` of every other judge.
+    `perplexity`, `label` and `reason` of the first judge, and `label_<judge>` of every other judge.
     """
     from pandas import DataFrame
 
-    samples = {sample.id: sample for sample in run.samples}
-    first = run.metrics.judge
-    verdicts = {judge: {(v.sample, v.exit): v for v in run.verdicts[judge]} for judge in run.verdicts}
+    by_id = {sample.id: sample for sample in samples}
+    labels = {judge: {(v.sample, v.exit): v for v in found} for judge, found in verdicts.items()}
     rows = []
-    for completion in run.finished().completions:
-        sample, at = samples[completion.sample], (completion.sample, completion.exit)
-        verdict = verdicts.get(first, {}).get(at)
+    for completion in completions:
+        sample, at = by_id[completion.sample], (completion.sample, completion.exit)
+        verdict = labels.get(first_judge, {}).get(at)
         rows.append(
             {
                 "sample": sample.id,
@@ -80,18 +84,16 @@ def answers_frame(run: "Run") -> "DataFrame":
                 "reason": verdict.reason if verdict else "no verdict",
                 **{
                     f"label_{judge}": found[at].label if at in found else "unscored"
-                    for judge, found in verdicts.items()
-                    if judge != first
+                    for judge, found in labels.items()
+                    if judge != first_judge
                 },
             }
         )
     return DataFrame(rows)
 
 
-def summary_html(run: "Run") -> str:
-    """The run's answer and its main shares by exit, for a notebook; every text is escaped."""
-    if run.read_object("metrics.json") is None:
-        return f"<p>{escape(repr(run))}: not measured yet</p>"
-    frame = run.figures()[["exit", "asr", "over_refusal", "utility", "standing"]]
-    table = frame.to_html(index=False, float_format=lambda share: f"{100 * share:.0f} %", na_rep="not measured")
-    return f"<p><b>{escape(run.answer.headline)}</b> {escape(run.answer.detail)}</p>{table}"
+def summary_html(answer: Answer, figures: "DataFrame") -> str:
+    """A run's answer and its main shares by exit, for a notebook; every text is escaped."""
+    shown = figures[["exit", "asr", "over_refusal", "utility", "standing"]]
+    table = shown.to_html(index=False, float_format=lambda share: f"{100 * share:.0f} %", na_rep="not measured")
+    return f"<p><b>{escape(answer.headline)}</b> {escape(answer.detail)}</p>{table}"

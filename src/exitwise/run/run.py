@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -193,7 +194,7 @@ class Run:
         """One row an answer, with its prompt and the label of every judge (run/frames.py). Answers may be harmful."""
         from .frames import answers_frame
 
-        return answers_frame(self)
+        return answers_frame(self.samples, self.completions, self.verdicts, self.metrics.judge)
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """ASR with its interval, utility and over-refusal by exit: the report's first curve, drawn by matplotlib.
@@ -211,7 +212,9 @@ class Run:
     def _repr_html_(self) -> str:
         from .frames import summary_html
 
-        return summary_html(self)
+        if self.read_object("metrics.json") is None:
+            return f"<p>{escape(repr(self))}: not measured yet</p>"
+        return summary_html(self.answer, self.figures())
 
 
 class RecordFiles(Mapping[str, tuple]):
