@@ -307,7 +307,7 @@ def test_a_fused_exit_is_the_mean_of_its_states(vlm, images):
     for layers in ((1, 3), (0, 2, BLOCKS)):
         exit = Exit(layers)
         if not vlm.family.averages:
-            with pytest.raises(UserError, match="joins several itself"):
+            with pytest.raises(UserError, match="joins several layers itself"):
                 exit_features(vlm, images["wide"], [exit])
             continue
         found = replay(vlm, inputs, states, exit)[0]

@@ -72,7 +72,7 @@ def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, fol
 
 def test_layers_that_cannot_be_fused_are_refused_before_the_run_begins(folder_of, tmp_path):
     config = AuditConfig.of(str(folder_of("mllama")), exits="1+3", limit=1, vqa=0, max_new_tokens=2)
-    with pytest.raises(UserError, match="joins several itself"):
+    with pytest.raises(UserError, match="joins several layers itself"):
         audit(config, tmp_path / "run")
     assert not (tmp_path / "run/plan.json").exists()  # so the command may be corrected
 

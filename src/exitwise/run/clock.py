@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from . import directory
+from .exit import Exit
 from .records import Completion
 
 
@@ -35,7 +36,9 @@ class Clock:
             self.seconds[key] = self.seconds.get(key, 0.0) + seconds * len(c.tokens) / total
 
     def save(self) -> None:
-        rate = {k: round(self.tokens[k] / s, 2) for k, s in sorted(self.seconds.items(), key=lambda i: int(i[0])) if s}
+        rate = {
+            k: round(self.tokens[k] / s, 2) for k, s in sorted(self.seconds.items(), key=lambda i: Exit.of(i[0])) if s
+        }
         record = {"phases": self.phases, "tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": rate}
         if self.path:
             directory.write_json(self.path, record)
