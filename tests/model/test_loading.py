@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 
 import pytest
 import torch
@@ -54,14 +53,11 @@ def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, fol
     whole = (tmp_path / "a/completions.jsonl").read_bytes()
     assert len(whole.splitlines()) == 6 * len(exits.split(","))
     if "+" in exits:
-        assert {row["exit"] for row in json.loads((tmp_path / "a/metrics.json").read_text())["exits"]} == {
-            1,
-            3,
-            1001003,
-        }
+        written = json.loads((tmp_path / "a/metrics.json").read_text())["exits"]
+        assert {row["exit"] for row in written} == {1, 3, "1+3"}
         assert ">1+3<" in report.read_text()
         said = report.read_text() + make_tables(tmp_path / "a", None, what="all", format="md", with_answers=True)
-        assert not re.search(r"(>|exit |\| )1001003", said)  # people read 1+3
+        assert "1001003" not in said  # the number of 0.1.0
     (tmp_path / "b").mkdir()
     for part in ("config.json", "plan.json", "samples.jsonl"):
         (tmp_path / "b" / part).write_bytes((tmp_path / "a" / part).read_bytes())
