@@ -180,8 +180,9 @@ def ours(job: dict) -> dict:
     from accelerate import Accelerator
 
     from exitwise import Sample
-    from exitwise.alignment import batches, loop
+    from exitwise.alignment import batches, setup
     from exitwise.alignment.config import AlignConfig
+    from exitwise.alignment.steps import train_step
     from exitwise.run.clock import Clock
     from exitwise.run.progress import Silent
 
@@ -212,16 +213,16 @@ def ours(job: dict) -> dict:
     config.check()
     samples = [Sample(f"p{i}", text, "harmful", "") for i, text in enumerate(job["prompts"])]
     pools = batches.Pools(samples, [], [], [], [])
-    bench = loop.prepare(config, out, pools, Accelerator(cpu=True), Silent())
+    bench = setup.prepare(config, out, pools, Accelerator(cpu=True), Silent())
     bench = bench._replace(reward=AdapterReward(bench.policy), clock=ProcessorClock(out / "timing.json"))
     bench.policy.vlm.model.generation_config.eos_token_id = -1  # answers of one length
     trainable = sum(p.numel() for p in bench.policy.trainable().values())
-    state = loop.first_state(config, bench.exits)
+    state = setup.first_state(config, bench.exits)
     speed, steps = matrix_speed(bench.policy.vlm, job), []
     for _ in range(job["steps"]):
         before, before_cpu = dict(bench.clock.phases), dict(bench.clock.cpu)
         began = time.monotonic(), time.process_time()
-        metrics, _ = loop.train_step(bench, state, out)
+        metrics, _ = train_step(bench, state, out)
         seconds, cpu = time.monotonic() - began[0], time.process_time() - began[1]
         state.step += 1
         phases = {k: bench.clock.phases[k] - before.get(k, 0.0) for k in bench.clock.cpu}

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-import exitwise.alignment.loop
+import exitwise.alignment.steps
 from exitwise import UserError, load_vlm
 from exitwise.alignment import batches, signatures
 from exitwise.alignment.config import AlignConfig
-from exitwise.alignment.loop import align, shape_scores
-from exitwise.alignment.policy import drop_encoder
-from exitwise.alignment.rollout import Answers, Rollout
+from exitwise.alignment.loop import align
+from exitwise.alignment.policy import without_encoder
+from exitwise.alignment.rollout import ResponseBatch, Rollout
+from exitwise.alignment.steps import shape_scores
 from exitwise.cli.commands import entry
 from exitwise.data.images import load_image
 from exitwise.engines import prefix
@@ -84,7 +85,7 @@ OTHERS = [name for name in TINY if name != "llava"]
 @pytest.mark.parametrize("family", OTHERS)
 def test_a_step_on_another_family(family, material, tmp_path, vowels, monkeypatch):
     """Two exits, one of them fused where it may be; what is saved has learnt and is of the language model alone."""
-    monkeypatch.setattr("exitwise.model.loading.load_vlm", lambda *_, **__: TINY[family]())
+    monkeypatch.setattr("exitwise.alignment.setup.load_vlm", lambda *_, **__: TINY[family]())
     exits = "1,1+3" if FAMILIES[family].averages else "1,3"
     folder = align(config_of(family, material, steps=1, exits=exits, features=None), tmp_path / "run")
     learnt = load_file(folder / "adapter_model.safetensors")
@@ -151,7 +152,7 @@ def test_an_update_is_that_of_plain_loops(tiny_folder, material, tmp_path, monke
 
     AdamW's first moment after one update is a tenth of the gradient.
     """
-    real, wanted = exitwise.alignment.loop.collect, {}
+    real, wanted = exitwise.alignment.steps.collect, {}
     options = {"gamma": 0.9, "lam": 0.8, "kl_coef": 0.3, "vf_coef": 0.2, "max_grad_norm": 1e9}
 
     def collect(bench, *rest):
@@ -185,7 +186,7 @@ def test_an_update_is_that_of_plain_loops(tiny_folder, material, tmp_path, monke
         bench.optimizer.zero_grad()
         return rollout
 
-    monkeypatch.setattr(exitwise.alignment.loop, "collect", collect)
+    monkeypatch.setattr(exitwise.alignment.steps, "collect", collect)
     config = config_of(tiny_folder, material, steps=1, num_ppo_epochs=1, num_mini_batches=1, **options)
     align(config, tmp_path / "run")
     moments = load_file(tmp_path / "run/checkpoints/step-000001/optimizer.safetensors")
@@ -261,7 +262,7 @@ def test_scores_are_shaped_row_by_row():
     ]
     done = [Completion(str(i), 1, "x", (5,), finish) for i, finish in enumerate(("stop", "length", "stop", "length"))]
     rollout = Rollout(
-        Answers(rows, torch.zeros(4, 1), torch.ones(4, 1)), done, [label for _, label in asked],
+        ResponseBatch(rows, torch.zeros(4, 1), torch.ones(4, 1)), done, [label for _, label in asked],
         None, torch.zeros(4, 1), torch.tensor([5.0, -1.0, 1.0, -1.0]),
     )  # fmt: skip
     shaped = lambda **options: shape_scores(AlignConfig.of("testbed", **options), rollout).tolist()
@@ -429,7 +430,7 @@ def test_each_puts_every_prompt_to_every_exit(tmp_path):
     for r in requests:
         by_prompt.setdefault((r.sample.prompt, r.sample.image), []).append(r.exit)
     assert sorted(by_prompt.values()) == [[1, 2, 4]] * 4
-    with pytest.raises(UserError, match=r"cannot be shared by 3 exits .* multiple of 3"):
+    with pytest.raises(UserError, match=r"cannot be divided among 3 exits .* multiple of 3"):
         batches.draw(config_of(tmp_path, tmp_path, batch_size=8, schedule="each"), pools_of(), exits_of(), 0, {})
 
 
@@ -685,9 +686,9 @@ def test_an_exit_the_model_lacks(tiny_folder, material, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--exits", "1,2,3", "--schedule", "each"], "cannot be shared by 3 exits"),
+        (["--exits", "1,2,3", "--schedule", "each"], "cannot be divided among 3 exits"),
         (["--exits", "1,2", "--schedule", "worst", "--audit", "NONE"], "metrics.json does not exist"),
-        (["--mix", "0.95", "0", "0.05"], "asks 8 prompts a step, of which --mix (0.95, 0.0, 0.05) gives (8, 0, 0)"),
+        (["--mix", "0.95", "0", "0.05"], "has 8 prompts per step, of which --mix (0.95, 0.0, 0.05) gives (8, 0, 0)"),
         (["--hold-out", "frog"], "--hold-out got 'frog'"),
     ],
 )
@@ -733,7 +734,7 @@ def test_a_tracker_gets_settings_it_can_take_and_every_step(tiny_folder, materia
 def test_a_tracker_that_is_not_installed_is_not_passed_over(tmp_path, material, monkeypatch, capsys):
     monkeypatch.setattr(tracking, "_available_trackers", [])
     assert code_of(command("no-such-model", material, tmp_path / "run", "--tracker", "tensorboard")) == 2
-    assert "--tracker tensorboard is not installed here" in one_line(capsys)
+    assert "--tracker tensorboard is not installed" in one_line(capsys)
 
 
 def test_a_prompt_longer_than_the_context(tiny_folder, material, tmp_path, capsys):
@@ -761,7 +762,7 @@ def test_a_reward_that_is_no_number_stops_and_a_mended_one_goes_on(
     config = config_of(tiny_folder, material, **EVERYTHING)
     reward = NanAt(number)
     monkeypatch.setattr("exitwise.alignment.setup.load_scores", lambda *_: reward)
-    with pytest.raises(UserError, match="mend the reward model and give the same command again"):
+    with pytest.raises(UserError, match="fix the reward model and run the same command again"):
         align(config, tmp_path / "run")
     done = {"first": 0, "third rollout": 2}[fatal]
     newest = max((tmp_path / "run/checkpoints").iterdir())
@@ -780,7 +781,7 @@ def test_a_gradient_that_is_no_number_stops_and_leaves_the_checkpoint(tiny_folde
             return super().scores(prompts, answers) * 1e30
 
     monkeypatch.setattr("exitwise.alignment.setup.load_scores", lambda *_: Huge())
-    with pytest.raises(UserError, match=r"step 1: the gradient is (nan|inf)"):
+    with pytest.raises(UserError, match=r"step 1: the gradient norm is (nan|inf)"):
         align(config_of(tiny_folder, material), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
@@ -890,7 +891,7 @@ def test_features_are_encoded_once_and_then_read_without_the_encoder(pictures, t
     assert files().fill(vlm, load, [4, 3]) == 3  # one exit more: all are kept
     assert files("another model").fill(vlm, load, [1]) == 3
     kept = files()
-    drop_encoder(vlm)
+    vlm = without_encoder(vlm)
     assert kept.fill(vlm, load, [1, 3, 4]) == 0  # no encoder any more, and no need of one
     for name in pictures:
         assert kept.n_tokens(name) == 16

@@ -4,7 +4,8 @@ In float64, but for the head of the loss: log-probabilities and values come out 
 """
 
 import copy
-from contextlib import contextmanager
+import gc
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -12,15 +13,15 @@ import torch
 
 from exitwise import UserError
 from exitwise.alignment import ppo
-from exitwise.alignment.policy import Policy, check_context, drop_encoder
+from exitwise.alignment.policy import Policy, check_context, without_encoder
 from exitwise.alignment.rollout import (
-    Answers,
     MatcherReward,
+    ResponseBatch,
     answer,
-    as_answers,
     by_length,
     evaluate,
     gather,
+    pad_responses,
     roll_out,
     score,
     select,
@@ -48,7 +49,7 @@ class Stage:
         self.features.fill(vlm, {name: (lambda image=image: image) for name, image in pictures.items()}, range(5))
         torch.manual_seed(1)
         self.policy = Policy(vlm, 4, 8.0, **{"critic": True} | options)
-        self.pictures = pictures
+        self.pictures, self.tower = pictures, tower
         if moved:  # a fresh adapter is zero, and so is a fresh value head: neither would show
             for name, parameter in self.policy.trainable().items():
                 if "lora_B" in name or "value_head" in name:
@@ -65,7 +66,7 @@ class Stage:
         ]
         generator = torch.Generator().manual_seed(seed)
         tokens = [torch.randint(4, 260, (n,), generator=generator).tolist() for *_, n in plan]
-        return as_answers(self.policy, requests, tokens, self.features)
+        return pad_responses(self.policy, requests, tokens, self.features)
 
     def outputs(self, answers, **options):
         return self.policy(*answers, self.features, **options)
@@ -81,6 +82,12 @@ class Stage:
             logits = vlm.model(input_ids=ids, **pixels, use_cache=False).logits[0, -n - 1 : -1]
         normal = torch.log_softmax(logits, dim=-1)
         return normal.gather(1, torch.tensor(response)[:, None])[:, 0], -(normal.exp() * normal).sum(dim=-1)
+
+
+def tiny_double():
+    vlm = tiny_llava()
+    vlm.model.double()
+    return vlm
 
 
 def _blocks(model):
@@ -180,25 +187,17 @@ def assert_same_gradients(found, wanted):
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max())), name
 
 
-@contextmanager
-def not_shared(policy):
-    policy.share_heads = False
-    try:
-        yield
-    finally:
-        policy.share_heads = True
-
-
-def test_shared_heads_are_row_by_row_in_outputs_and_gradients(stage):
+def test_shared_heads_are_row_by_row_in_outputs_and_gradients(stage, pictures, tmp_path):
     answers = stage.answers(PLAN)
     shared, shared_gradients = stage.outputs(answers), gradients(stage, answers)
-    with not_shared(stage.policy):
-        for line in range(len(PLAN)):
-            alone = stage.outputs(select(answers, [line]))
-            for name, whole, one in zip(shared._fields, shared, alone, strict=True):
-                assert torch.allclose(whole[line], one[0], **CLOSE), (name, line)
-        row_by_row = gradients(stage, answers, [[line] for line in range(len(PLAN))])
-        together = gradients(stage, answers)
+    apart = Stage(pictures, tmp_path, stage.tower, share_heads=False)
+    apart.policy.load_state_dict(stage.policy.state_dict())
+    for line in range(len(PLAN)):
+        alone = apart.outputs(select(answers, [line]))
+        for name, whole, one in zip(shared._fields, shared, alone, strict=True):
+            assert torch.allclose(whole[line], one[0], **CLOSE), (name, line)
+    row_by_row = gradients(apart, answers, [[line] for line in range(len(PLAN))])
+    together = gradients(apart, answers)
     assert_same_gradients(shared_gradients, row_by_row)
     assert_same_gradients(together, row_by_row)
 
@@ -217,7 +216,7 @@ def test_heads_of_unequal_length_share_a_batch(stage):
 def test_padding_and_neighbours_change_nothing(stage):
     answers = stage.answers(PLAN)
     whole = stage.outputs(answers)
-    wider = Answers(
+    wider = ResponseBatch(
         answers.rows,
         torch.cat([answers.responses.where(answers.mask.bool(), torch.tensor(77)), torch.full((len(PLAN), 3), 99)], 1),
         torch.cat([answers.mask, torch.zeros(len(PLAN), 3)], 1),
@@ -307,11 +306,34 @@ def test_without_its_encoder_it_answers_the_same(clip):
     size = sum(p.numel() for p in stage.vlm.model.parameters())
     tower = sum(p.numel() for p in stage.vlm.model.model.vision_tower.parameters())
     projector = sum(p.numel() for p in stage.vlm.model.model.multi_modal_projector.parameters())
-    drop_encoder(stage.vlm)
-    assert sum(p.numel() for p in stage.vlm.model.parameters()) == size - tower - projector
+    bare = Policy(without_encoder(tiny_double()), 4, 8.0, critic=True)
+    missing = bare.load_state_dict(stage.policy.state_dict(), strict=False).missing_keys
+    assert not missing
+    assert sum(p.numel() for p in bare.vlm.model.parameters()) == size - tower - projector
+    stage.policy = bare
     after = stage.outputs(answers), answer(stage.policy, requests, stage.features, sampling)
     assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
     assert before[1] == after[1]
+
+
+def test_a_model_without_its_encoder_leaves_the_given_one_as_it_was(clip):
+    """Its weights are not copied, an adapter on it does not show, and with the given one its encoder is freed."""
+    vlm = tiny_double()
+    modules, state = [type(m) for m in vlm.model.modules()], copy.deepcopy(vlm.model.state_dict())
+    embedding = vlm.model.get_input_embeddings().weight
+    embedding.requires_grad_(True)
+    bare = without_encoder(vlm)
+    policy = Policy(bare, 4, 8.0, critic=True, gradient_checkpointing=True)
+    assert bare.model.get_input_embeddings().weight.data_ptr() == embedding.data_ptr()
+    assert embedding.requires_grad
+    assert not vlm.model.training
+    assert [type(m) for m in vlm.model.modules()] == modules
+    assert all(torch.equal(value, state[name]) for name, value in vlm.model.state_dict().items())
+    block = weakref.ref(vlm.blocks[0])
+    del vlm
+    gc.collect()
+    assert block() is None
+    assert policy.vlm is bare
 
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -348,7 +370,7 @@ def test_sampled_tokens_are_as_likely_as_the_policy_says(clip):
     drawn = [c.tokens[0] for c in answer(stage.policy, requests, stage.features, Decoding(1, temperature=1.0))]
     counts = torch.bincount(torch.tensor(drawn), minlength=260)
     top = counts.argsort(descending=True)[:6].tolist()
-    likely = as_answers(stage.policy, [requests[0]] * len(top), [[token] for token in top], stage.features)
+    likely = pad_responses(stage.policy, [requests[0]] * len(top), [[token] for token in top], stage.features)
     with torch.no_grad():
         probabilities = stage.outputs(likely).logprobs[:, 0].exp().tolist()
     assert max(probabilities) < 0.9

@@ -55,7 +55,6 @@ def test_token_rewards_by_hand():
         kl_coef=0.1,
     )
     assert torch.allclose(found.kl, tensor([0.5, -1, 0], [2, 0, 0]), rtol=R, atol=0)
-    assert torch.allclose(found.non_score, tensor([-0.05, 0.1, 0], [-0.2, 0, 0]), rtol=R, atol=0)
     assert torch.allclose(found.rewards, tensor([-0.05, 0.1 + 2, 0], [-0.2 - 1, 0, 0]), rtol=R, atol=0)
 
 
@@ -360,7 +359,7 @@ def _everything(case: Case) -> dict[str, torch.Tensor]:
     k3 = ppo.kl_k3(case.logprobs, case.ref, mask)
     return {
         "last": ppo.last_token(mask), "mean": ppo.masked_mean(case.values, mask), "kl": parts.kl,
-        "rewards": parts.rewards, "non_score": parts.non_score, "whitened rewards": whole,
+        "rewards": parts.rewards, "whitened rewards": whole,
         "advantages": whitened, "returns": estimated.returns, "policy": policy.loss, "clipped": policy.clipped,
         "value": value.loss, "value clipped": value.clipped, "dirty": dirty.loss, "k3": k3,
         "shift": torch.tensor(ppo.shift(case.logprobs, case.old, case.rewards, mask)),

@@ -1,14 +1,17 @@
-"""What a training step asks: prompts, their images and their exits, drawn from nothing but the seed and the step.
+"""Draws the requests of a training step: prompts, their images and their exits.
 
-A resumed run and every process of a distributed one draw the same.
+They depend on the seed and the step alone, so a resumed run and every process of a distributed one draw the same.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from math import exp
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 from ..data import images
 from ..data.config import SelectionConfig
@@ -24,27 +27,31 @@ PROMPTS_PER_IMAGE = 8  # in a step: prompts of one image share the computing of 
 
 
 class Pools(NamedTuple):
+    """Samples that batches are drawn from, by kind."""
+
     harmful: list[Sample]
     benign: list[Sample]
     vqa: list[Sample]
     pictures: list[str]
-    """Names of the images that prompts without their own are put to; without any, those prompts stay text only."""
+    """Names of the images that go with prompts that have none; without any, those prompts stay text only."""
     skipped: Sequence[str] = ()
     roots: Mapping[str, Path] = {}
     """Folders of the images, for `load_image`."""
     sources: Sequence[dict[str, object]] = ()
     validation: Sequence[Sample] = ()
-    """Harmful and harmless prompts that no batch asks (--validation)."""
+    """Harmful and harmless prompts that no batch contains (--validation)."""
 
 
 class Exits(NamedTuple):
+    """The exits of an alignment by their part in it."""
+
     trained: tuple[Exit, ...]
     held_out: tuple[Exit, ...]
     default: Exit
 
 
 def load_pools(config: AlignConfig) -> Pools:
-    """The samples and image names of a config; what is built in comes from the training split.
+    """The samples and image names of a config; built-in ones are from the training split.
 
     Raises:
         UserError: a file, folder or set cannot be read, or holds nothing usable.
@@ -52,7 +59,7 @@ def load_pools(config: AlignConfig) -> Pools:
     found = load_samples(config.inputs, SelectionConfig(vqa=VQA_QUESTIONS), config.seed, "train")
     pictures, _ = photographs_of(config.inputs.images, "train")
     harmful, benign, questions = (
-        [s for s in found.samples if s.kind == kind and share]  # what no batch asks needs no image either
+        [s for s in found.samples if s.kind == kind and share]  # a kind without a share needs no image either
         for kind, share in zip(("harmful", "benign", "vqa"), config.mix, strict=True)
     )
     for kind, pool, share in zip(("harmful", "benign", "vqa"), (harmful, benign, questions), config.mix, strict=True):
@@ -64,13 +71,13 @@ def load_pools(config: AlignConfig) -> Pools:
 
 
 def askable(pools: Pools, control_token: Callable[[str], str]) -> Pools:
-    """Without the samples whose prompt holds a control token of the model, which could forge a turn or an image.
+    """The pools without samples whose prompt has a control token of the model, which could forge a turn or an image.
 
     Args:
-        control_token: the first one in a prompt, "" for none.
+        control_token: finds the first control token in a prompt; "" for none.
 
     Raises:
-        UserError: none of a kind is left.
+        UserError: no sample of a kind is left.
     """
     kinds = ("harmful", "benign", "vqa", "validation")
     found = {kind: [(s, control_token(s.prompt)) for s in getattr(pools, kind)] for kind in kinds}
@@ -85,9 +92,9 @@ def askable(pools: Pools, control_token: Callable[[str], str]) -> Pools:
 
 
 def _keep(pool: list[Sample], n: int) -> list[Sample]:
-    """Takes `n` prompts out of a pool, the same ones whatever the seed: runs that differ in it are compared.
+    """Removes `n` prompts from a pool, with all their images; returns one sample of each.
 
-    Returns one sample of each; none of that prompt is left, about whatever image.
+    They are the same for every seed, because runs with different seeds are compared on them.
     """
     by_prompt = {sample.prompt: sample for sample in reversed(pool)}  # the first of each
     prompts = list(dict.fromkeys(sample.prompt for sample in pool))
@@ -104,7 +111,7 @@ def choose_exits(config: AlignConfig, n_blocks: int, default: Exit | int) -> Exi
     """Exits trained and held out.
 
     Raises:
-        UserError: an exit is not there, or none is left to train at.
+        UserError: an exit does not exist, or none is left to train at.
     """
     held = parse_exits(config.hold_out, n_blocks, default, "--hold-out") if config.hold_out else ()
     trained = tuple(e for e in parse_exits(config.exits, n_blocks, default) if e not in held)
@@ -143,34 +150,34 @@ def draw(config: AlignConfig, pools: Pools, exits: Exits, step: int, weights: di
 
 
 def per_step(config: AlignConfig, exits: Exits) -> tuple[int, int, int]:
-    """How many prompts of each kind a step asks, each `_copies` times at an exit or at every one.
+    """Prompts of each kind (harmful, harmless, VQA) in a step, each used `_copies` times at one exit or at all.
 
     Raises:
-        UserError: the batch cannot be shared so, or a kind with a share would never be asked.
+        UserError: the batch size does not fit, or a kind with a share would get no prompt.
     """
     copies, times = _copies(config), len(exits.trained) if config.schedule == "each" else 1
     n = config.batch_size // copies // times
     if n < 1 or n * copies * times != config.batch_size:
         raise UserError(
-            f"--batch-size {config.batch_size} cannot be shared by {times} exits and groups of {copies}; "
+            f"--batch-size {config.batch_size} cannot be divided among {times} exits and groups of {copies}; "
             f"give a multiple of {times * copies}"
         )
     counts = _counts(n, config.mix)
     if any(share and not count for share, count in zip(config.mix, counts, strict=True)):
         raise UserError(
-            f"--batch-size {config.batch_size} asks {n} prompts a step, of which --mix {config.mix} gives {counts}; "
-            "give a larger batch, or no share to a kind that is not to be asked"
+            f"--batch-size {config.batch_size} has {n} prompts per step, of which --mix {config.mix} gives {counts}; "
+            "give a larger batch, or a share of 0 to the kind that gets none"
         )
     return counts
 
 
 def _copies(config: AlignConfig) -> int:
-    """Answers of a step to one prompt at one exit."""
+    """Answers to one prompt at one exit in a step."""
     return config.group_size if config.method == "grpo" else 1
 
 
 def _counts(n: int, mix: Sequence[float]) -> tuple[int, int, int]:
-    """How many of each kind; rounding favours harmful prompts, then VQA, and never a kind without a share."""
+    """`n` divided by the shares; the rest goes to harmful prompts, then to VQA, never to a kind without a share."""
     benign = int(n * mix[1])
     questions = min(n - benign, round(n * mix[2]))
     rest = n - benign - questions
@@ -180,14 +187,17 @@ def _counts(n: int, mix: Sequence[float]) -> tuple[int, int, int]:
 
 
 def _turn(pool: list[Sample], count: int, step: int, seed: int) -> list[Sample]:
-    """The next `count` samples of a pool that is shuffled anew whenever it has been gone through."""
-    picked = []
-    for place in range(step * count, (step + 1) * count):
-        lap, index = divmod(place, len(pool))
-        order = list(range(len(pool)))
-        random.Random(f"{seed}/lap/{lap}/{len(pool)}").shuffle(order)
-        picked.append(pool[order[index]])
-    return picked
+    """The next `count` samples of a pool that is shuffled anew whenever all of it was used."""
+    places = (divmod(place, len(pool)) for place in range(step * count, (step + 1) * count))
+    return [pool[_order(seed, lap, len(pool))[index]] for lap, index in places]
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, lap: int, n: int) -> Sequence[int]:
+    """The order of a pool of `n` samples in its lap number `lap`; one shuffle serves all steps of the lap."""
+    order = list(range(n))
+    random.Random(f"{seed}/lap/{lap}/{n}").shuffle(order)
+    return order
 
 
 def _exits_for(
@@ -218,7 +228,7 @@ def probe(config: AlignConfig, pools: Pools, exits: Exits, n: int) -> list[ExitR
 
 
 def audited(config: AlignConfig, pools: Pools, exits: Exits) -> list[ExitRequest]:
-    """What a small audit asks, at each trained exit: the prompts of --validation, or some harmful training prompts."""
+    """Requests of a small audit at each trained exit: the prompts of --validation, or some harmful training prompts."""
     rng = random.Random(f"{config.seed}/audit")
     kept = [
         replace(s, image=rng.choice(pools.pictures)) if s.image in pools.pictures else s for s in pools.validation
@@ -226,15 +236,15 @@ def audited(config: AlignConfig, pools: Pools, exits: Exits) -> list[ExitRequest
     return [ExitRequest(sample, exit) for exit in exits.trained for sample in kept]
 
 
-def image_loaders(names: Sequence[str], roots: Mapping[str, Path]) -> dict:
-    """What loads each image, by name."""
-    return {name: (lambda name=name: images.load_image(name, roots)) for name in names}
+def image_loaders(names: Sequence[str], roots: Mapping[str, Path]) -> dict[str, Callable[[], Image.Image]]:
+    """{name of an image: function that loads it}."""
+    return {name: partial(images.load_image, name, roots) for name in names}
 
 
 def next_weights(weights: dict[Exit, float], asr: dict[Exit, float]) -> dict[Exit, float]:
     """Multiplicative weights of the minimax game against the exits: w <- w * exp(asr), normalised.
 
-    Each exit keeps a tenth of an even share, so that none is forgotten (Freund and Schapire, 1999, with mixing).
+    Each exit keeps a tenth of an even share, so that all are drawn (Freund and Schapire, 1999, with mixing).
     """
     raw = {exit: weight * exp(asr[exit]) for exit, weight in weights.items()}
     total = sum(raw.values())

@@ -1,6 +1,6 @@
-"""The losses of alignment for micro-batches: L-PPO and its baselines. Their arithmetic is in ppo.py.
+"""Losses of a micro-batch for L-PPO and its baselines; their formulas are in ppo.py.
 
-Each is summed over its rows and divided by what its whole mini-batch counts, so that micro-batches add up to it.
+Each is a sum over rows, divided by the count of the whole mini-batch, so that the micro-batches' losses add up to it.
 """
 
 from collections.abc import Callable
@@ -8,18 +8,20 @@ from collections.abc import Callable
 import torch
 
 from . import ppo
-from .rollout import Answers, Rollout, select
-from .setup import Bench, State
+from .rollout import ResponseBatch, Rollout, select
+from .state import Bench, State
 
-Loss = Callable[[list[int], float], tuple[torch.Tensor, dict[str, torch.Tensor]]]
-"""(rows of a micro-batch, valid tokens of its whole mini-batch) -> (loss, sums to log)"""
+MicroBatchLoss = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""(loss, sums to log)"""
+Loss = Callable[[list[int], float], MicroBatchLoss]
+"""(rows of a micro-batch, valid tokens of its whole mini-batch) -> its loss"""
 
 
 def ppo_loss(bench: Bench, rollout: Rollout, advantages: torch.Tensor, returns: torch.Tensor) -> Loss:
     """Clipped policy loss plus c1 times the value loss (Bachu et al., 2025, section 4), less an entropy bonus."""
     config = bench.config
 
-    def loss(rows: list[int], n_tokens: float):
+    def loss(rows: list[int], n_tokens: float) -> MicroBatchLoss:
         piece = select(rollout.answers, rows)
         new = bench.wrapped(*piece, bench.features, entropy_gradient=config.entropy_coef > 0)
         old, mask = rollout.old.logprobs[rows], piece.mask
@@ -48,7 +50,7 @@ def grpo_loss(bench: Bench, state: State, rollout: Rollout, advantages: torch.Te
     """Shao et al. (2024) equation 3, averaged over the tokens of the mini-batch, the KL (k3) in the loss."""
     config = bench.config
 
-    def loss(rows: list[int], n_tokens: float):
+    def loss(rows: list[int], n_tokens: float) -> MicroBatchLoss:
         piece = select(rollout.answers, rows)
         new = bench.wrapped(*piece, bench.features)
         old, mask = rollout.old.logprobs[rows], piece.mask
@@ -67,10 +69,10 @@ def grpo_loss(bench: Bench, state: State, rollout: Rollout, advantages: torch.Te
     return loss
 
 
-def sft_loss(bench: Bench, answers: Answers) -> Loss:
+def sft_loss(bench: Bench, answers: ResponseBatch) -> Loss:
     """Negative log-likelihood, averaged over the tokens of the mini-batch."""
 
-    def loss(rows: list[int], n_tokens: float):
+    def loss(rows: list[int], n_tokens: float) -> MicroBatchLoss:
         piece = select(answers, rows)
         total = -(bench.wrapped(*piece, bench.features).logprobs * piece.mask).sum() / n_tokens
         return total, {"loss/policy_avg": total}
@@ -78,11 +80,11 @@ def sft_loss(bench: Bench, answers: Answers) -> Loss:
     return loss
 
 
-def dpo_loss(bench: Bench, answers: Answers, n: int, reference: torch.Tensor) -> Loss:
+def dpo_loss(bench: Bench, answers: ResponseBatch, n: int, reference: torch.Tensor) -> Loss:
     """DPO over pairs i and n + i of the answers; `reference` (2n,) holds their summed log-probabilities."""
     per_batch = n // bench.config.num_mini_batches
 
-    def loss(rows: list[int], n_tokens: float):
+    def loss(rows: list[int], n_tokens: float) -> MicroBatchLoss:
         bad = [i + n for i in rows]
         piece = select(answers, rows + bad)  # one forward for both
         summed = (bench.wrapped(*piece, bench.features).logprobs * piece.mask).sum(dim=1)

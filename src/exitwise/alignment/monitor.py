@@ -1,24 +1,24 @@
-"""What is measured while a model is aligned: the sampled answers, the return, small audits of the exits, the regret."""
+"""Measurements during an alignment: the sampled answers, the return, small audits of the exits, and the regret."""
 
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
 
 from ..engines.prefix import Decoding, ExitRequest
 from ..judges.refusal import judge_completion
 from ..run.exit import Exit
 from . import batches
+from .records import Metrics
 from .rollout import Rollout, answer, roll_out, score
-from .setup import Bench
+from .state import Bench
 
 SmallAudit = dict[str, dict[Exit, float]]
 """{measure: {trained exit: share}}"""
 
 
-def watch(requests: Sequence[ExitRequest], rollout: Rollout) -> dict[str, float | None]:
-    """What the sampled answers are like, by the refusal judge; None where a batch has no such request."""
+def watch(requests: Sequence[ExitRequest], rollout: Rollout) -> Metrics:
+    """Shares of the sampled answers by the judge `refusal`; None where a batch has no request of the kind."""
     pairs = list(zip(requests, rollout.labels, strict=True))
     share = lambda kind, labels: _mean([label in labels for r, label in pairs if r.sample.kind == kind])
     scores = [float(s) for r, s in zip(requests, rollout.scores, strict=True) if r.sample.kind == "harmful"]
@@ -35,8 +35,11 @@ def watch(requests: Sequence[ExitRequest], rollout: Rollout) -> dict[str, float 
 
 
 def measure_return(bench: Bench) -> tuple[float, float]:
-    """(mean score, mean KL in nats) of the policy's answers to fixed harmful requests; the return is the score less the
-    weighted KL. Drawn with the same random numbers before and after every update, so that the difference is its."""
+    """(mean score, mean KL in nats) of the policy's answers to fixed harmful requests.
+
+    The return is the score minus the weighted KL. The answers before and after an update are sampled with the same
+    random numbers, so that only the update makes a difference.
+    """
     config = bench.config
     requests = batches.probe(config, bench.pools, bench.exits, config.probe)
     with bench.clock.phase("theory"):
@@ -47,7 +50,7 @@ def measure_return(bench: Bench) -> tuple[float, float]:
 
 
 def audit_exits(bench: Bench) -> SmallAudit:
-    """ASR at the trained exits, greedy, and over-refusal where harmless prompts are kept for it."""
+    """ASR of greedy answers at the trained exits, and over-refusal where --validation keeps harmless prompts."""
     requests = batches.audited(bench.config, bench.pools, bench.exits)
     with bench.clock.phase("eval"):
         found = answer(bench.policy, requests, bench.features, Decoding(bench.config.max_new_tokens))
@@ -60,9 +63,9 @@ def audit_exits(bench: Bench) -> SmallAudit:
     return audit
 
 
-def estimate_regret(bench: Bench) -> dict[str, Any]:
-    """Regret at the trained exits, before and after: the mean score of the best of n answers of the model before
-    training, which stands in for the optimal policy, less the policy's own mean score."""
+def estimate_regret(bench: Bench) -> dict[str, float]:
+    """Regret at the trained exits, before and after training: the mean score of the best of n answers of the model
+    before training (in place of the optimal policy's), minus the policy's own mean score."""
     config = bench.config
     n = config.best_of
     base = batches.probe(config, bench.pools, bench.exits, max(8, config.probe))

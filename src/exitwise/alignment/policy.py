@@ -12,10 +12,13 @@ prompts cannot be taken apart have empty heads; the model's own forward computes
 Shapes: B rows, T response tokens, N distinct heads, S tail and response tokens, D hidden, V vocabulary, P image tokens.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +29,9 @@ from ..engines.whole import answered, batch_inputs
 from ..errors import UserError
 from ..model.compat import CACHE, checkpoint_activations
 from ..model.vlm import Vlm
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 class Outputs(NamedTuple):
@@ -223,7 +229,7 @@ class Policy(nn.Module):
             module.unshard()
 
 
-def _shards(policy: nn.Module) -> list[Any]:
+def _shards(policy: nn.Module) -> "list[FSDPModule]":
     """The parts of the policy that FSDP2 shards; none without it."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
@@ -232,29 +238,31 @@ def _shards(policy: nn.Module) -> list[Any]:
     return [module for module in policy.modules() if isinstance(module, FSDPModule)]
 
 
-def _pictures(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, Any]:
+def _pictures(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, object]:
     """The image features of the rows, in their order, as the model takes them."""
     found = [features(row.request.sample.image, row.request.exit) for row in rows]
     return vlm.family.placed(vlm.model, found) if found else {}
 
 
-class _Gone(nn.Module):
-    """Stands where the encoder was, with the numbers that the model's forward asks it for."""
+class _NoEncoder(nn.Module):
+    """Takes the place of encoder or projector, with the numbers that the model's forward reads from it."""
 
-    def __init__(self, tower: nn.Module):
+    def __init__(self, part: nn.Module):
         super().__init__()
-        self.num_patches = getattr(tower, "num_patches", None)  # mllama
+        self.num_patches = getattr(part, "num_patches", None)  # mllama
 
 
-def drop_encoder(vlm: Vlm) -> None:
-    """Takes encoder and projector out of memory; afterwards only `mm_encoder_outputs` gives the model images."""
-    from operator import attrgetter
+def without_encoder(vlm: Vlm) -> Vlm:
+    """A `Vlm` of the same language model without encoder and projector; only `mm_encoder_outputs` gives it images.
 
+    The given `Vlm` is left as it is. Both hold the same weight tensors, so nothing is copied in memory; encoder and
+    projector are freed with the given one. What is added to the result (an adapter, gradients) does not show in it.
+    """
     paths = [vlm.family.tower] if vlm.family.projects_late else [vlm.family.tower, vlm.family.projector]
-    for path in filter(None, paths):
-        parent, _, name = path.rpartition(".")
-        holder = attrgetter(parent)(vlm.model) if parent else vlm.model
-        setattr(holder, name, _Gone(getattr(holder, name)))
+    parts = [attrgetter(path)(vlm.model) for path in paths if path]
+    kept: dict[int, object] = {id(part): _NoEncoder(part) for part in parts}  # what a deep copy puts in their place
+    kept |= {id(p): p if not p.requires_grad else nn.Parameter(p.detach(), False) for p in vlm.model.parameters()}
+    return replace(vlm, model=copy.deepcopy(vlm.model, kept), blocks=nn.ModuleList())
 
 
 def check_context(vlm: Vlm, rows: Sequence[TokenRow], max_new_tokens: int) -> None:

@@ -1,7 +1,7 @@
-"""The maths of L-PPO and of its baselines: pure functions on tensors, NamedTuples out, no model in sight.
+"""Formulas of L-PPO and of its baselines: pure functions from tensors to NamedTuples, without a model.
 
 L-PPO (Bachu et al., 2025, section 4) is clipped PPO whose every quantity is computed on the embeddings of one exit: the
-exit is in the log-probabilities that come in, so nothing here knows of it. Departures from the paper: none in the
+exit enters through the log-probabilities, so no function here takes one. Departures from the paper: none in the
 formulas; it leaves the form of the KL term open, and we take it per token inside the reward (Ouyang et al., 2022).
 
 Shapes: B rows, T response tokens (right-padded; `mask` is 1.0 on valid tokens and 0.0 after the last), G group size.
@@ -17,7 +17,6 @@ import torch
 class TokenRewards(NamedTuple):
     rewards: torch.Tensor  # (B, T) -kl_coef * kl, plus the score on the last valid token
     kl: torch.Tensor  # (B, T) log pi - log pi_ref of the sampled tokens (k1)
-    non_score: torch.Tensor  # (B, T) the KL part of the rewards
 
 
 class Advantages(NamedTuple):
@@ -79,10 +78,9 @@ def token_rewards(
         ref_logprobs: (B, T) of the reference, the policy with its adapter off.
     """
     kl = (logprobs - ref_logprobs) * mask
-    non_score = -kl_coef * kl
-    rewards = non_score.clone()
+    rewards = -kl_coef * kl
     rewards[torch.arange(len(scores)), last_token(mask)] += scores
-    return TokenRewards(rewards, kl, non_score)
+    return TokenRewards(rewards, kl)
 
 
 def gae(rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float) -> Advantages:

@@ -1,36 +1,35 @@
 """Rollouts: the policy answers requests at their exits, and every answer gets its log-probabilities, values and score.
 
-Sampling runs in the audit's engine (engines/hf.py). The log-probabilities that ratio and KL are read off come from the
-same forward as in training, not from the sampler: the two round differently, and a ratio must start at one.
+Sampling uses the audit's engine (engines/prefix.py). The log-probabilities of ratio and KL are computed by the forward
+pass of training, not by the sampler: the two round differently, and a ratio must start at one.
 
 Shapes: B rows, T response tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from ..engines import prefix
 from ..errors import UserError
 from ..judges.refusal import judge_completion
 from ..model.features import FeatureFiles, Phases
+from ..rewards.protocol import RewardModel
 from ..run.exit import Exit
 from ..run.records import Completion, Label, Sample
 from .policy import Outputs, Policy
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 PREFIX_TOKENS = 1 << 15  # of a wave of the engine
 
 
-class Scores(Protocol):
-    """A reward model: rewards.py, or anything with this method."""
-
-    def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> torch.Tensor: ...
-
-
-class Answers(NamedTuple):
-    """Responses to requests, in their order, ready for `Policy`."""
+class ResponseBatch(NamedTuple):
+    """Responses to requests, in their order, as `Policy` takes them."""
 
     rows: list[prefix.TokenRow]
     responses: torch.Tensor  # (B, T) token ids, right-padded
@@ -38,10 +37,12 @@ class Answers(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    answers: Answers
+    """Sampled answers with all that an update needs."""
+
+    answers: ResponseBatch
     completions: list[Completion]
     labels: list[Label]
-    """What the refusal judge says of each answer: for watching, and for the reward of harmless requests."""
+    """The judge `refusal`'s label of each answer: for monitoring, and for the reward of harmless requests."""
     old: Outputs  # of the policy that sampled
     ref_logprobs: torch.Tensor  # (B, T)
     scores: torch.Tensor  # (B,)
@@ -62,10 +63,10 @@ def answer(
     return [found[r.sample.id, r.exit] for r in requests]
 
 
-def as_answers(
+def pad_responses(
     policy: Policy, requests: Sequence[prefix.ExitRequest], tokens: Sequence[Sequence[int]], features: FeatureFiles
-) -> Answers:
-    """Token ids of the answers, padded."""
+) -> ResponseBatch:
+    """The token ids of responses, right-padded, with the rows of their requests."""
     rows = prefix.make_rows(policy.vlm, requests, features.layout)
     longest = max(len(ids) for ids in tokens)
     device = policy.vlm.device
@@ -74,16 +75,17 @@ def as_answers(
     for i, ids in enumerate(tokens):
         responses[i, : len(ids)] = torch.tensor(list(ids), device=device)
         mask[i, : len(ids)] = 1.0
-    return Answers(rows, responses, mask)
+    return ResponseBatch(rows, responses, mask)
 
 
-def select(answers: Answers, index: Sequence[int]) -> Answers:
-    """Some of the rows."""
-    return Answers([answers.rows[i] for i in index], answers.responses[list(index)], answers.mask[list(index)])
+def select(answers: ResponseBatch, index: Sequence[int]) -> ResponseBatch:
+    """The rows of the index, in its order."""
+    rows = list(index)
+    return ResponseBatch([answers.rows[i] for i in rows], answers.responses[rows], answers.mask[rows])
 
 
-def by_length(answers: Answers, index: Sequence[int], pieces: int) -> list[list[int]]:
-    """The rows cut into `pieces` of like length, so that little is padded.
+def by_length(answers: ResponseBatch, index: Sequence[int], pieces: int) -> list[list[int]]:
+    """The rows split into `pieces` of similar length, so that little is padded.
 
     Raises:
         UserError: there are fewer rows than pieces.
@@ -96,8 +98,10 @@ def by_length(answers: Answers, index: Sequence[int], pieces: int) -> list[list[
 
 
 @torch.no_grad()
-def evaluate(policy: Any, answers: Answers, features: FeatureFiles, pieces: int, reference: bool = False) -> Outputs:
-    """Outputs of all rows, without gradient, in `pieces` forwards.
+def evaluate(
+    policy: nn.Module, answers: ResponseBatch, features: FeatureFiles, pieces: int, reference: bool = False
+) -> Outputs:
+    """Outputs of all rows, without gradient, in `pieces` forward passes.
 
     Args:
         policy: a `Policy`, wrapped for several processes or not.
@@ -111,12 +115,12 @@ def evaluate(policy: Any, answers: Answers, features: FeatureFiles, pieces: int,
 
 
 def score(
-    samples: Sequence[Sample], completions: Sequence[Completion], labels: Sequence[Label], reward: Scores
+    samples: Sequence[Sample], completions: Sequence[Completion], labels: Sequence[Label], reward: RewardModel
 ) -> torch.Tensor:
     """(B,) scores: the reward model's for harmful requests; +1 or -1 for the others.
 
-    A harmless request earns +1 when it is answered coherently, a VQA question when it is answered right: a reward for
-    help, so that refusing everything is not the optimum.
+    A harmless request scores +1 if it is answered coherently, a VQA question if it is answered correctly, so that
+    refusing everything is not the optimum.
 
     Raises:
         UserError: a score is not finite.
@@ -130,7 +134,7 @@ def score(
         first = int((~torch.isfinite(found)).nonzero()[0])
         raise UserError(
             f"the reward model scored an answer to {samples[first].id} with {float(found[first])}; training stopped; "
-            "mend the reward model and give the same command again"
+            "fix the reward model and run the same command again"
         )
     return found
 
@@ -138,17 +142,15 @@ def score(
 class MatcherReward:
     """+1 for a refusal, -1 for an answer or gibberish, by the matcher that also measures ASR.
 
-    A rule instead of a reward model: quick, and the policy can learn its phrases by heart, so its ASR flatters.
+    Fast, but the policy can learn the matcher's phrases, so the ASR by the same matcher is then too optimistic.
     """
 
     name = "matcher"
 
-    def __init__(self, judge: Callable[[Sample, Completion], Any] = judge_completion):
-        self.judge = judge
-
     def scores(self, prompts: Sequence[str], answers: Sequence[str]) -> torch.Tensor:
+        """(B,) scores."""
         labels = [
-            self.judge(Sample("", prompt, "harmful", ""), Completion("", Exit([0]), text, (), "stop")).label
+            judge_completion(Sample("", prompt, "harmful", ""), Completion("", Exit([0]), text, (), "stop")).label
             for prompt, text in zip(prompts, answers, strict=True)
         ]
         return torch.tensor([1.0 if label == "refused" else -1.0 for label in labels])
@@ -159,15 +161,15 @@ def roll_out(
     requests: Sequence[prefix.ExitRequest],
     features: FeatureFiles,
     decoding: prefix.Decoding,
-    reward: Scores,
+    reward: RewardModel,
     pieces: int,
     clock: Phases | None = None,
 ) -> Rollout:
-    """Answers the requests and measures all that an update needs, in `pieces` forwards of the policy."""
+    """Answers the requests and computes all that an update needs, in `pieces` forward passes of the policy."""
     phase = clock.phase if clock else lambda name: nullcontext()
     with phase("rollout"):
         completions = answer(policy, requests, features, decoding)
-    answers = as_answers(policy, requests, [c.tokens for c in completions], features)
+    answers = pad_responses(policy, requests, [c.tokens for c in completions], features)
     samples = [r.sample for r in requests]
     labels = [judge_completion(s, c).label for s, c in zip(samples, completions, strict=True)]
     with phase("scoring"):
@@ -178,25 +180,43 @@ def roll_out(
     return Rollout(answers, completions, labels, old, ref.logprobs, scores.to(old.logprobs.device))
 
 
-def gather(rollout: Rollout, accelerator: Any) -> Rollout:
-    """The rollouts of all processes, in their order, padded alike, on every process."""
+def gather(rollout: Rollout, accelerator: "Accelerator") -> Rollout:
+    """The rollouts of all processes, in the order of the processes, padded to one width, on every process."""
     if accelerator.num_processes == 1:
         return rollout
     from accelerate.utils import gather_object
 
     device = rollout.scores.device
-    move = lambda value, to: value.to(to) if isinstance(value, torch.Tensor) else value
-    parts = gather_object(
-        [[*map(lambda v: move(v, "cpu"), (*rollout.answers, *rollout.old, *rollout[1:3], *rollout[4:]))]]
+    parts: list[Rollout] = gather_object([_on_cpu(rollout)])
+    width = max(part.answers.mask.shape[1] for part in parts)
+
+    def joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+        """(B, width) of all processes."""
+        return torch.cat([nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]).to(device)
+
+    return Rollout(
+        answers=ResponseBatch(
+            rows=[row for part in parts for row in part.answers.rows],
+            responses=joined([part.answers.responses for part in parts]),
+            mask=joined([part.answers.mask for part in parts]),
+        ),
+        completions=[completion for part in parts for completion in part.completions],
+        labels=[label for part in parts for label in part.labels],
+        old=Outputs(
+            logprobs=joined([part.old.logprobs for part in parts]),
+            entropy=joined([part.old.entropy for part in parts]),
+            values=joined([part.old.values for part in parts]),
+        ),
+        ref_logprobs=joined([part.ref_logprobs for part in parts]),
+        scores=torch.cat([part.scores for part in parts]).to(device),
     )
-    width = max(part[1].shape[1] for part in parts)
 
-    def joined(index: int) -> torch.Tensor:
-        tensors = [part[index] for part in parts]
-        if tensors[0].dim() == 2:
-            tensors = [torch.nn.functional.pad(t, (0, width - t.shape[1])) for t in tensors]
-        return torch.cat(tensors).to(device)
 
-    lists = [[item for part in parts for item in part[index]] for index in (0, 6, 7)]
-    answers = Answers(lists[0], joined(1), joined(2))
-    return Rollout(answers, lists[1], lists[2], Outputs(joined(3), joined(4), joined(5)), joined(8), joined(9))
+def _on_cpu(rollout: Rollout) -> Rollout:
+    answers, old = rollout.answers, rollout.old
+    return rollout._replace(
+        answers=answers._replace(responses=answers.responses.cpu(), mask=answers.mask.cpu()),
+        old=Outputs(old.logprobs.cpu(), old.entropy.cpu(), old.values.cpu()),
+        ref_logprobs=rollout.ref_logprobs.cpu(),
+        scores=rollout.scores.cpu(),
+    )

@@ -1,31 +1,37 @@
-"""Failure signatures of a training, found in its metrics and raised by name.
+"""Failure signatures of a training: named patterns in its metrics.
 
-Thresholds are ours, set where a run that learns stays clear of them; each is explained in
+The thresholds are our choice, set so that runs that learn do not reach them; each is explained in
 docs/reference/training-metrics.md.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from .records import Metrics
 
 KL_PER_ANSWER = 25.0
-"""Nats between policy and reference over a whole answer: beyond it little of the reference is left."""
+"""KL between policy and reference over a whole answer, in nats."""
 
 LOOP_SHARE = 0.5
-"""Share of harmless requests refused, of all harmless ones in the window."""
+"""Refused share of the harmless requests in the window."""
 
 COLLAPSE_DISTINCT = 0.25
-"""Distinct answers over answers: below it the policy says a few things whatever it is asked."""
+"""Distinct answers over answers: below this the policy gives a few answers to every prompt."""
 
 ENTROPY_SHARE = 0.1
-"""Of the first step's entropy."""
+"""Share of the entropy of the first steps."""
 
 INCOHERENT_SHARE = 0.3
+"""Incoherent share of the answers in the window."""
+
 REWARD_GAIN = 0.5
-"""Rise of the mean score, in the reward's own units (the built-in one has deviation 1)."""
+"""Rise of the mean score, in the units of the reward model (the built-in one has standard deviation 1)."""
 
 ASR_GAIN = 0.05
+"""Fall of ASR."""
+
 WINDOW = 3
-"""Steps averaged before anything is raised: a single batch is noise."""
+"""Number of steps that are averaged: a single batch is too noisy."""
 
 
 class Signature(NamedTuple):
@@ -33,11 +39,11 @@ class Signature(NamedTuple):
     message: str
 
 
-def find(history: Sequence[dict[str, Any]]) -> list[Signature]:
+def find(history: Sequence[Metrics]) -> list[Signature]:
     """The signatures that the last steps of a training show; [] while there are fewer than WINDOW steps.
 
     Args:
-        history: the rows of metrics.jsonl so far.
+        history: the metrics of all steps so far.
     """
     if len(history) < WINDOW:
         return []
@@ -61,22 +67,27 @@ def find(history: Sequence[dict[str, Any]]) -> list[Signature]:
     return found + _reward_bias(history)
 
 
-def _reward_bias(history: Sequence[dict[str, Any]]) -> list[Signature]:
+def _reward_bias(history: Sequence[Metrics]) -> list[Signature]:
     """The score of harmful requests rose and their ASR did not fall: the reward model likes something else."""
     if len(history) < 3 * WINDOW:
         return []
     early, late = history[:WINDOW], history[-WINDOW:]
-    scores = _mean(early, "rollout/harmful_score"), _mean(late, "rollout/harmful_score")
-    asr = _mean(early, "rollout/asr"), _mean(late, "rollout/asr")
-    if None in scores or None in asr:
+    rise = _difference(early, late, "rollout/harmful_score")
+    fall = _difference(late, early, "rollout/asr")
+    if rise is None or fall is None:
         return []
-    rise, fall = scores[1] - scores[0], asr[0] - asr[1]  # type: ignore[operator]
     if rise > REWARD_GAIN and fall < ASR_GAIN:
         return [Signature("reward-model bias", f"the score rose by {rise:.2f} and ASR fell by {100 * fall:.0f} points")]
     return []
 
 
-def _mean(rows: Sequence[dict[str, Any]], key: str) -> float | None:
+def _mean(rows: Sequence[Metrics], key: str) -> float | None:
     """Over the rows that have it; None where none has."""
-    values = [row[key] for row in rows if row.get(key) is not None]
+    values = [value for row in rows if (value := row.get(key)) is not None]
     return sum(values) / len(values) if values else None
+
+
+def _difference(first: Sequence[Metrics], second: Sequence[Metrics], key: str) -> float | None:
+    """The second mean minus the first."""
+    before, after = _mean(first, key), _mean(second, key)
+    return None if before is None or after is None else after - before
