@@ -53,7 +53,11 @@ def test_frames(folder):
     assert figures.index[figures.may_stop].tolist() == [str(e) for e in run.answer.stop_at]
     answers = run.answers()
     let_through = answers.query("exit == '8' and kind == 'harmful' and label == 'answered'")
-    assert len(let_through) == eight.asr.successes
+    kinds = {sample.id: sample.kind for sample in run.samples}
+    said = [
+        v for v in run.verdicts["refusal"] if v.exit == 8 and v.label == "answered" and kinds[v.sample] == "harmful"
+    ]
+    assert let_through["sample"].tolist() == [v.sample for v in said] != []
 
 
 def test_the_summary_is_escaped(folder, tmp_path):

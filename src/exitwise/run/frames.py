@@ -70,18 +70,18 @@ def answers_frame(
         verdict = labels.get(first_judge, {}).get(at)
         rows.append(
             {
-                "sample": sample.id,
+                "sample": _writable(sample.id),
                 "exit": str(completion.exit),
                 "kind": sample.kind,
-                "category": sample.category,
-                "prompt": sample.prompt,
-                "image": sample.image,
-                "answer": completion.text,
+                "category": _writable(sample.category),
+                "prompt": _writable(sample.prompt),
+                "image": _writable(sample.image),
+                "answer": _writable(completion.text),
                 "finish": completion.finish,
                 "tokens": len(completion.tokens),
                 "perplexity": completion.perplexity,
                 "label": verdict.label if verdict else "unscored",
-                "reason": verdict.reason if verdict else "no verdict",
+                "reason": _writable(verdict.reason) if verdict else "no verdict",
                 **{
                     f"label_{judge}": found[at].label if at in found else "unscored"
                     for judge, found in labels.items()
@@ -90,6 +90,11 @@ def answers_frame(
             }
         )
     return DataFrame(rows)
+
+
+def _writable(text: str) -> str:
+    """Lone surrogates as `\\udXXX`: pandas keeps text as UTF-8, which has none."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def summary_html(answer: Answer, figures: "DataFrame") -> str:
