@@ -359,7 +359,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny_folder, material,
     rng = random.Random(SEED)
     out, after = tmp_path / "killed", rng.randrange(1, 7)
     code = (
-        "from pathlib import *; from exitwise import AlignConfig; from exitwise.alignment.loop import align; "
+        "from pathlib import *; from exitwise.alignment.config import *; from exitwise.alignment.loop import align; "
         f"align({config!r}, Path({str(out)!r}))"
     )
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
