@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -364,3 +365,20 @@ def test_a_reader_that_had_enough_ends_it_quietly():
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ([], "runs/demo"),
+        (["--control"], "runs/demo-control"),
+        (["--control", "--out", "runs/demo"], "runs/demo"),
+        (["--out", "elsewhere"], "elsewhere"),
+    ],
+)
+def test_a_demo_writes_where_it_is_told(words, folder, monkeypatch):
+    """An explicit --out counts, even one that names the folder of the other demo."""
+    written = []
+    monkeypatch.setattr("exitwise.cli.commands.Audit.run", lambda self: written.append((self.config.model, self.out)))
+    entry(["demo", *words])
+    assert written == [("testbed-control" if "--control" in words else "testbed", Path(folder))]

@@ -75,14 +75,6 @@ def test_column_order_and_override(tmp_path):
         load_prompts(path, columns={"prompt": "prompt"})
 
 
-def test_limit_counts_samples(tmp_path):
-    path = write(tmp_path / "a.jsonl", 'x\n{"text": "1"}\n{"text": "2"}\ny\n')
-    loaded = load_prompts(path, limit=1)
-    assert ([s.prompt for s in loaded.samples], len(loaded.skipped)) == (["1"], 1)
-    with pytest.raises(UserError, match="limit is 0"):
-        load_prompts(path, limit=0)
-
-
 @pytest.mark.parametrize(
     ("row", "reason"),
     [

@@ -92,7 +92,7 @@ def test_jsonl_and_a_given_majority(tmp_path):
         ("", "column:guard", "has no rows"),
         (HEADER + "q,a,1,maybe,1,1\n", "column:guard", "line 2, column human2: got 'maybe'"),
         (HEADER + 'q,"a\nb",1,1,1,1\nq,a,1\n', "column:guard", "line 4: 3 cells under 6 columns"),
-        (HEADER + 'q,"a,1,1,1,1\n', "column:guard", "correct the quotes"),
+        (HEADER + 'q,"a,1,1,1,1\n', "column:guard", "line 2: a quote is open or misplaced"),
         (HEADER + "q,a,1,1,1,1\n", "column:nobody", "no column 'nobody'"),
         (HEADER + "q,a,1,1,1,1\n", "nobody", "no judge 'nobody'"),
         ("goal,guard\nq,1\n", "column:guard", "no labels of people"),

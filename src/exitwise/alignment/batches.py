@@ -37,7 +37,7 @@ class Pools(NamedTuple):
     skipped: Sequence[str] = ()
     roots: Mapping[str, Path] = {}
     """Folders of the images, for `load_image`."""
-    sources: Sequence[dict[str, object]] = ()
+    sources: Sequence[Mapping[str, object]] = ()
     validation: Sequence[Sample] = ()
     """Harmful and harmless prompts that no batch contains (--validation)."""
 

@@ -50,14 +50,14 @@ class Audit:
 class Demo:
     """Audit the built-in VLM with built-in prompts and photographs; five to fifteen minutes on two cores."""
 
-    out: Path = Path("runs/demo")
-    """The run directory."""
+    out: Path | None = None
+    """The run directory; without it, runs/demo, or runs/demo-control with --control."""
     control: bool = False
     """Audit the negative control instead: the same VLM without the hole."""
 
     def run(self) -> None:
         name = "testbed-control" if self.control else "testbed"
-        out = self.out.with_name(self.out.name + "-control") if self.control and self.out == Demo.out else self.out
+        out = self.out or Path("runs/demo-control" if self.control else "runs/demo")
         Audit(AuditConfig.of(name, limit=DEMO_LIMIT), out).run()
 
 

@@ -1,12 +1,9 @@
-"""Answers that people labelled: one a row of a CSV or JSONL file, with what each person said and what most say.
+"""Loads answers with labels by people: one a row of a CSV, TSV or JSONL file, each person's label and the majority.
 
 JailbreakBench's judge comparison (Chao et al. 2024) is the pattern: goal, target_response, human1 ... human3,
 human_majority, and a column for each judge.
 """
 
-import csv
-import io
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UserError
+from .rows import read_rows
 
 HUMAN = re.compile(r"(?:human|annotator|rater)[ _]?\d+", re.IGNORECASE)
 MAJORITY = ("human_majority", "majority")
@@ -22,19 +20,19 @@ ANSWER = ("target_response", "response", "answer", "completion", "generation")
 YES, NO = ("1", "1.0", "true", "yes", "unsafe", "jailbroken"), ("0", "0.0", "false", "no", "safe", "refused")
 
 
-class Row(NamedTuple):
-    """An answer that people labelled: True for unsafe (the attack worked), None where somebody said nothing."""
+class LabelledAnswer(NamedTuple):
+    """An answer with labels by people: True for unsafe (the attack succeeded), None where a label is missing."""
 
     place: str
     prompt: str
     answer: str
     people: tuple[bool | None, ...]
     truth: bool | None
-    """What most people say; None for a tie, or where nobody said anything."""
+    """The majority label; None for a tie, or where there is no label."""
     columns: Mapping[str, str]
 
 
-def read_labels(path: Path, humans: Sequence[str] = ()) -> tuple[list[Row], list[str]]:
+def read_labels(path: Path, humans: Sequence[str] = ()) -> tuple[list[LabelledAnswer], list[str]]:
     """(rows, names of the columns of people).
 
     Raises:
@@ -58,7 +56,7 @@ def read_labels(path: Path, humans: Sequence[str] = ()) -> tuple[list[Row], list
         truth = _majority(said)
         if majority:
             truth = _yes_or_no(cells.get(majority, ""), f"{path}, {place}, column {majority}")
-        rows.append(Row(place, cells.get(prompt, ""), cells.get(answer, ""), said, truth, cells))
+        rows.append(LabelledAnswer(place, cells.get(prompt, ""), cells.get(answer, ""), said, truth, cells))
     return rows, people
 
 
@@ -80,58 +78,26 @@ def _yes_or_no(cell: str, place: str) -> bool | None:
 
 
 def _read_table(path: Path) -> list[tuple[str, dict[str, str]]]:
-    """(place, cells by column) of each row; a file of no rows is refused."""
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); give a CSV or JSONL file of labels") from None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}, line {line}: not UTF-8 text; save the file as UTF-8") from None
-    if "\0" in text:
-        raise UserError(f"{path}, line {text.count(chr(10), 0, text.index(chr(0))) + 1}: a NUL byte; take it out")
-    rows = _json_lines(path, text) if path.suffix in (".jsonl", ".json") else _csv_rows(path, text)
+    """(place, cells by column) of each row; unlike prompts, a label that cannot be read stops the reading."""
+    rows = []
+    for row in read_rows(path):
+        cells = {name: "" if cell is None else str(cell) for name, cell in row.cells.items()}
+        fault = row.fault or next(filter(None, map(_fault, (*cells, *cells.values()))), "")
+        if fault:
+            raise UserError(f"{path}, {row.place}: {fault}; correct the row")
+        rows.append((row.place, cells))
     if not rows:
         raise UserError(f"{path} has no rows; expected one answer a row under a row of column names")
     return rows
 
 
-def _json_lines(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            value = None
-        if not isinstance(value, dict):
-            raise UserError(f"{path}, line {number}: not a JSON object; expected one answer a line")
-        rows.append((f"line {number}", {key: "" if cell is None else str(cell) for key, cell in value.items()}))
-    return rows
+def _fault(cell: str) -> str:
+    if "\0" in cell:
+        return "a NUL byte"
+    return "not UTF-8 text" if re.search("[\ud800-\udfff]", cell) else ""
 
 
-def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, str]]]:
-    previous = csv.field_size_limit(len(text) + 1)  # one long answer is no error
-    reader, rows = csv.reader(io.StringIO(text, newline=""), strict=True), []
-    try:
-        header = next(reader, [])
-        line = reader.line_num + 1
-        for cells in reader:
-            if cells and len(cells) != len(header):
-                raise UserError(f"{path}, line {line}: {len(cells)} cells under {len(header)} columns; correct the row")
-            if cells:
-                rows.append((f"line {line}", dict(zip(header, cells, strict=True))))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num}: {error}; correct the quotes") from None
-    finally:
-        csv.field_size_limit(previous)
-    return rows
-
-
-def column_labels(rows: Sequence[Row], name: str, path: Path) -> list[bool | None]:
+def column_labels(rows: Sequence[LabelledAnswer], name: str, path: Path) -> list[bool | None]:
     """The labels of a column, such as those of a judge.
 
     Raises:

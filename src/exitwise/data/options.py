@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 C = TypeVar("C", bound="DataclassInstance")
-WORDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+WORDS: dict[object, str] = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
 
 
 def make_config(kind: type[C], options: Mapping[str, object]) -> C:
@@ -63,7 +69,7 @@ def _types(kind: type) -> dict[str, object]:
 
 
 def _build(kind: type[C], options: Mapping[str, object]) -> C:
-    values = {}
+    values: dict[str, object] = {}
     for name, hint in _types(kind).items():
         if isinstance(hint, type) and is_dataclass(hint):
             values[name] = _build(hint, options)
@@ -86,13 +92,12 @@ def _convert(name: str, value: object, hint: object) -> object:
         if parts[-1] is not Ellipsis and len(items) != len(parts):
             raise UserError(f"{name} got {value!r}; expected {len(parts)} values")
         return tuple(_convert(name, item, parts[0]) for item in items)
-    whole = isinstance(value, int) and not isinstance(value, bool)
     if isinstance(value, Exit) and hint is str:
         return str(value)
     if isinstance(value, str | PathLike) and hint in (str, Path):
         return Path(value) if hint is Path else fspath(value)
-    if whole and hint in (int, float, str):
+    if isinstance(value, int) and not isinstance(value, bool) and hint in (int, float, str):
         return value if hint is int else float(value) if hint is float else str(value)
-    if hint in (bool, float) and isinstance(value, hint):
+    if (hint is bool and isinstance(value, bool)) or (hint is float and isinstance(value, float)):
         return value
     raise UserError(f"{name} got {value!r}; expected {WORDS[hint]}")

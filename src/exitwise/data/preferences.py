@@ -1,4 +1,4 @@
-"""Pairs of answers of which people prefer one: HH-RLHF files, plain rows, the hub.
+"""Loads preference pairs (a prompt, the chosen and the rejected answer) from HH-RLHF files, plain rows or the hub.
 
 HH-RLHF (Bai et al. 2022, "Training a helpful and harmless assistant with reinforcement learning from human feedback")
 writes a whole dialogue twice, once per answer: `\\n\\nHuman: … \\n\\nAssistant: …`. What lies before the last
@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import UserError
 from ..run.records import Record
 from .prompts import CATEGORY_COLUMNS, MAX_LABEL, MAX_PROMPT, PROMPT_COLUMNS, fault_of, label_of
-from .rows import Row, read_rows, show
+from .rows import FileRow, read_rows, show
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HUB_FILES = ("train", "test")
@@ -35,6 +35,8 @@ class Preference(Record):
 
 
 class LoadedPairs(NamedTuple):
+    """What a file holds."""
+
     pairs: list[Preference]
     skipped: list[str]
     """`FILE, line N: reason`."""
@@ -82,7 +84,7 @@ def turns(prompt: str) -> list[dict[str, str]]:
     return [{"role": roles[who], "content": text.strip()} for who, text in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _pair(row: Row, source: str) -> Preference | str:
+def _pair(row: FileRow, source: str) -> Preference | str:
     """The pair of a row, or the reason why there is none."""
     for key in ("chosen", "rejected"):
         if fault := fault_of(row.cells.get(key), key, MAX_PROMPT):
@@ -99,12 +101,12 @@ def _pair(row: Row, source: str) -> Preference | str:
     category = label_of(next((row.cells[c] for c in CATEGORY_COLUMNS if c in row.cells), None))
     if category and (fault := fault_of(category, "category", MAX_LABEL)):
         return fault
-    return Preference(prompt, chosen, rejected, category, source)
+    return Preference(str(prompt), chosen, rejected, category, source)
 
 
-def _split(cells: Mapping[str, Any]) -> tuple[Any, str, str] | str:
+def _split(cells: Mapping[str, object]) -> tuple[object, str, str] | str:
     """(prompt, chosen, rejected) of a row; a dialogue keeps its leading mark and loses the last `\\n\\nAssistant:`."""
-    chosen, rejected = cells["chosen"], cells["rejected"]
+    chosen, rejected = str(cells["chosen"]), str(cells["rejected"])
     column = next((name for name in PROMPT_COLUMNS if name in cells), None)
     if column is not None:
         return cells[column], chosen.strip(), rejected.strip()
@@ -113,8 +115,8 @@ def _split(cells: Mapping[str, Any]) -> tuple[Any, str, str] | str:
         return "there is no prompt, and the answers are no dialogues (`\\n\\nHuman: … \\n\\nAssistant: …`)"
     if chosen[:first] != rejected[:second]:
         return "the dialogues differ before their last answers"
-    tails = (text[at + len(ASSISTANT) :].strip() for text, at in ((chosen, first), (rejected, second)))
-    return chosen[:first].rstrip(), *tails  # type: ignore[return-value]
+    tail = len(ASSISTANT)
+    return chosen[:first].rstrip(), chosen[first + tail :].strip(), rejected[second + tail :].strip()
 
 
 def _locate(source: str | Path) -> Path:

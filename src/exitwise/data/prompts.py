@@ -1,4 +1,4 @@
-"""Prompts from files, and the built-in sets. Every row becomes a sample or a line in `skipped`."""
+"""Loads prompts from files and the built-in sets; every row becomes a sample or a line in `skipped`."""
 
 import json
 import random
@@ -6,15 +6,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import UserError
 from ..run.records import Kind, Sample
 from .images import find_image, keep_image
-from .rows import Row, read_rows, show, stem
+from .rows import FileRow, read_rows, show, stem
 
 FIELDS = ("prompt", "category", "id", "image", "answers")
-"""What a column can be mapped to."""
+"""Names that --map can give a column."""
 PROMPT_COLUMNS = ("prompt", "question", "goal", "Goal", "jailbreak_query", "instruction", "text", "redteam_query")
 CATEGORY_COLUMNS = ("policy", "category", "Category", "type")
 SAME_POLICY = {"Child Abuse Content": "Child Abuse"}
@@ -24,21 +24,23 @@ MAX_PROMPT = 20_000
 MAX_LABEL = 200
 """Characters of an id, a category or an answer."""
 BUILTIN = Path(__file__).parent / "builtin"
-Adapt = Callable[[dict[str, Any]], dict[str, Any] | str | None]
-"""Cells of a row to cells named as in FIELDS, to the reason why it is skipped, or to None: not of this split."""
+Adapt = Callable[[dict[str, object]], dict[str, object] | str | None]
+"""Maps cells to cells named as in FIELDS, to the reason to skip the row, or to None: the row is of another split."""
 
 
 class Loaded(NamedTuple):
+    """What a file holds."""
+
     samples: list[Sample]
     skipped: list[str]
     """`FILE, line N: reason` (`item N` in a .json list, `row N` in a Parquet file)."""
 
 
 class Place(NamedTuple):
-    """Where the images that a table names are."""
+    """Folder of the images that a table refers to."""
 
     scheme: str
-    """First part of their names in `Sample.image`."""
+    """Prefix of their names in `Sample.image`."""
     folder: Path
 
 
@@ -61,15 +63,14 @@ def load_prompts(
     path: Path,
     kind: Kind = "harmful",
     columns: Mapping[str, str] | None = None,
-    limit: int | None = None,
-    **options: Any,
+    place: Place | None = None,
 ) -> Loaded:
     """As `load_table`, for a file that must hold at least one usable row.
 
     Raises:
         UserError: as `load_table`, or no row is usable.
     """
-    loaded = load_table(path, kind, columns, limit, **options)
+    loaded = load_table(path, kind, columns, place=place)
     if not loaded.samples:
         reason = "; ".join(loaded.skipped[:1]) or "it is empty"
         raise UserError(f"{show(Path(path))} has no usable row ({reason}); give it prompts")
@@ -80,7 +81,6 @@ def load_table(
     path: Path,
     kind: Kind = "harmful",
     columns: Mapping[str, str] | None = None,
-    limit: int | None = None,
     *,
     prefix: str | None = None,
     adapt: Adapt | None = None,
@@ -93,7 +93,6 @@ def load_table(
             first of PROMPT_COLUMNS that the file has, the category in the first of CATEGORY_COLUMNS, the id in "id".
             Images and answers are read only where a column is named. An image cell is a path in the folder of `place`,
             or the image itself (Parquet). Answers are a list, a list of {"answer": ...}, or a text cut at "|".
-        limit: reading ends after so many samples.
         prefix: ids are `<prefix>:<id or row N>`; without it, the stem of the file, so that two files do not collide.
         adapt: changes the cells of a row, once they have the names of FIELDS.
         place: where its images are; without it, beside the file, under the scheme "own".
@@ -104,31 +103,26 @@ def load_table(
         UserError: the file cannot be read, is not what its extension says, is empty, or lacks a column.
     """
     path = Path(path)
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; expected a whole number of at least 1")
     rows = list(read_rows(path))
     chosen = _choose_columns(path, rows, columns or {}, adapt is None)
     name = path.name.encode("utf-8", "backslashreplace").decode()
     place = place or Place("own", path.parent)
-    return collect(_rename(rows, chosen), name, kind, prefix or stem(name), adapt, place, limit)
+    return collect(_rename(rows, chosen), name, kind, prefix or stem(name), adapt, place)
 
 
 def collect(
-    rows: Iterable[Row],
+    rows: Iterable[FileRow],
     name: str,
     kind: Kind,
     prefix: str,
     adapt: Adapt | None = None,
     place: Place | None = None,
-    limit: int | None = None,
 ) -> Loaded:
     """Samples of rows whose cells have the names of FIELDS; `name` is the file's, for `skipped` and `source`."""
     samples: list[Sample] = []
     skipped: list[str] = []
     seen: set[str] = set()
     for number, row in enumerate(rows, start=1):
-        if len(samples) == limit:
-            break
         cells = row.fault or (adapt(dict(row.cells)) if adapt else row.cells)
         if cells is None:
             continue
@@ -179,7 +173,7 @@ def _builtin(kind: Kind, split: str) -> list[Sample]:
 
 
 def _sample(
-    cells: Mapping[str, Any], where: str, number: int, name: str, kind: Kind, prefix: str, place: Place | None
+    cells: Mapping[str, object], where: str, number: int, name: str, kind: Kind, prefix: str, place: Place | None
 ) -> Sample | str:
     """The sample of a row, or the reason why there is none."""
     prompt = cells.get("prompt")
@@ -251,7 +245,7 @@ def fault_of(value: object, what: str, longest: int) -> str:
     return ""
 
 
-def _choose_columns(path: Path, rows: list[Row], columns: Mapping[str, str], need_prompt: bool) -> dict[str, str]:
+def _choose_columns(path: Path, rows: list[FileRow], columns: Mapping[str, str], need_prompt: bool) -> dict[str, str]:
     """{field: column of this file}; raises UserError where a named column, or any for the prompt, is missing."""
     strange = sorted(columns.keys() - set(FIELDS))
     if strange:
@@ -269,7 +263,7 @@ def _choose_columns(path: Path, rows: list[Row], columns: Mapping[str, str], nee
     return chosen
 
 
-def _refuse_columns(path: Path, rows: list[Row], found: Iterable[str], wanted: Sequence[str], field: str) -> None:
+def _refuse_columns(path: Path, rows: list[FileRow], found: Iterable[str], wanted: Sequence[str], field: str) -> None:
     if not found:
         reason = next((f"{row.place}: {row.fault}" for row in rows), "it is empty")
         raise UserError(f"{show(path)} has no usable row ({reason}); give it prompts")
@@ -281,11 +275,11 @@ def _refuse_columns(path: Path, rows: list[Row], found: Iterable[str], wanted: S
     )
 
 
-def _rename(rows: Iterable[Row], chosen: Mapping[str, str]) -> list[Row]:
+def _rename(rows: Iterable[FileRow], chosen: Mapping[str, str]) -> list[FileRow]:
     """Rows whose cells have the names of FIELDS too; a column that happens to be called so is not taken for a field."""
     names = set(chosen.values())
     return [
-        Row(
+        FileRow(
             row.place,
             {k: v for k, v in row.cells.items() if k not in FIELDS or k in names}
             | {field: row.cells.get(column) for field, column in chosen.items()},

@@ -1,10 +1,10 @@
-"""How the files of the public sets are laid out: one function a layout, from what was found to samples."""
+"""Readers of the public sets, one function for each file layout: from files to samples."""
 
 import random
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import UserError
 from ..run.records import Kind, Sample
@@ -22,17 +22,17 @@ FIGSTEP_PROMPT = (  # fixed by the attack; the request itself is in the picture
 
 
 class Found(NamedTuple):
-    """What a loader is given."""
+    """Arguments of a reader."""
 
     name: str
     prefix: str
-    """Of the ids: the name, with the split where it is not the usual one."""
+    """Prefix of the ids: the name, with the split unless that is the default."""
     kind: Kind
     split: str
     files: list[Path]
     images: Place
     image_root: Path | None
-    """As given; `images` is the folder beside the files where none was."""
+    """--image-root, where it was given; `images` is then its folder, else the folder of the files."""
     columns: Mapping[str, str]
     seed: int
     hold_out: Collection[str]
@@ -73,7 +73,7 @@ def xstest(found: Found) -> Loaded:
     """The part that the label, or in older copies the type (contrast_... is unsafe), says."""
     part = found.name.removeprefix("xstest-")
 
-    def adapt(cells: dict[str, Any]) -> dict[str, Any] | str | None:
+    def adapt(cells: dict[str, object]) -> dict[str, object] | str | None:
         label = cells.get("label") or ("unsafe" if str(cells.get("type")).startswith("contrast_") else "safe")
         if label not in ("safe", "unsafe"):
             return "the label is neither safe nor unsafe"
@@ -85,7 +85,7 @@ def xstest(found: Found) -> Loaded:
 def figstep(found: Found) -> Loaded:
     """SafeBench: the picture of row (category, task) is query_ForbidQI_<category>_<task>_6.png."""
 
-    def adapt(cells: dict[str, Any]) -> dict[str, Any] | str:
+    def adapt(cells: dict[str, object]) -> dict[str, object] | str:
         topic, task = (str(cells.get(key, "")).strip() for key in ("category_id", "task_id"))
         if not (topic.isdecimal() and task.isdecimal()):
             return "category_id or task_id is not a number"

@@ -1,4 +1,4 @@
-"""Rows of a file, whatever its format: CSV, TSV, JSONL, JSON, TXT (each also .gz) and Parquet. No row is dropped."""
+"""Reads rows of CSV, TSV, JSONL, JSON, TXT (each also .gz) and Parquet files; a bad row carries its fault."""
 
 import csv
 import gzip
@@ -8,24 +8,30 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UserError, missing_package
 
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
+
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 MAX_BYTES = 256 * 2**20
-"""Of a file once unpacked: a gzip file of a few kilobytes can hold gigabytes."""
+"""Limit of the size of an unpacked file: a gzip file of a few kilobytes can hold gigabytes."""
 
 
-class Row(NamedTuple):
+class FileRow(NamedTuple):
+    """One row of a file."""
+
     place: str
     """`line N`; `item N` of a .json list and `row N` of a Parquet file, which have no lines."""
-    cells: Mapping[str, Any]
+    cells: Mapping[str, object]
+    """By column: text in CSV, TSV and TXT, any JSON or Parquet value elsewhere."""
     fault: str = ""
-    """Why there are no cells."""
+    """Why the row cannot be read; "" if it can."""
 
 
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[FileRow]:
     """All rows of a file, the unreadable ones with their fault.
 
     Raises:
@@ -39,13 +45,13 @@ def read_rows(path: Path) -> Iterator[Row]:
     if form in (".csv", ".tsv"):
         return _table_rows(path, decode(raw), "," if form == ".csv" else "\t")
     if form == ".txt":
-        return (Row(f"line {n}", {"prompt": text}) for n, text in _lines(raw))
+        return (FileRow(f"line {n}", {"prompt": text}) for n, text in _lines(raw))
     if form == ".json" and raw.lstrip().startswith(b"["):
         return _list_rows(path, decode(raw))
     return (_json_row(f"line {n}", text) for n, text in _lines(raw))
 
 
-def read_json(path: Path, most: int | None = None) -> Any:
+def read_json(path: Path, most: int | None = None) -> object:
     """The value of a .json file (also .gz); bytes that are not UTF-8 stay visible in its strings as half pairs.
 
     Raises:
@@ -57,9 +63,9 @@ def read_json(path: Path, most: int | None = None) -> Any:
         raise UserError(f"{show(path)} is not valid JSON ({error}); correct it, or fetch it again") from None
 
 
-def object_row(place: str, value: object) -> Row:
+def object_row(place: str, value: object) -> FileRow:
     """A row of one JSON value."""
-    return Row(place, value) if isinstance(value, dict) else Row(place, {}, "not a JSON object")
+    return FileRow(place, value) if isinstance(value, dict) else FileRow(place, {}, "not a JSON object")
 
 
 def stem(name: str) -> str:
@@ -114,17 +120,17 @@ def _lines(raw: bytes) -> Iterator[tuple[int, str]]:
     return ((n, decode(line)) for n, line in enumerate(raw.splitlines(), start=1) if line.strip())
 
 
-def _json_row(place: str, text: str) -> Row:
+def _json_row(place: str, text: str) -> FileRow:
     try:
         value = json.loads(text)
     except RecursionError:
-        return Row(place, {}, "the JSON is nested too deeply")
+        return FileRow(place, {}, "the JSON is nested too deeply")
     except ValueError as error:  # JSONDecodeError, or a number of thousands of digits
-        return Row(place, {}, f"not JSON ({getattr(error, 'msg', 'a number too large')})")
+        return FileRow(place, {}, f"not JSON ({getattr(error, 'msg', 'a number too large')})")
     return object_row(place, value)
 
 
-def _list_rows(path: Path, text: str) -> Iterator[Row]:
+def _list_rows(path: Path, text: str) -> Iterator[FileRow]:
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -132,7 +138,7 @@ def _list_rows(path: Path, text: str) -> Iterator[Row]:
     return (object_row(f"item {n}", item) for n, item in enumerate(items, start=1))
 
 
-def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
+def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[FileRow]:
     """Rows of a table whose first row names the columns; of two columns of one name the first counts."""
     rows = _records(text, delimiter)
     _, header, fault = next(rows, (1, [], ""))
@@ -144,7 +150,7 @@ def _table_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
     for line, cells, fault in rows:
         if not fault and (len(cells) < len(header) or any(cells[len(header) :])):  # spreadsheets pad with empty cells
             fault = f"{len(cells)} cells under {len(header)} columns; quote cells that hold a delimiter"
-        yield Row(f"line {line}", {} if fault else {name: cells[i] for name, i in index.items()}, fault)
+        yield FileRow(f"line {line}", {} if fault else {name: cells[i] for name, i in index.items()}, fault)
 
 
 def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
@@ -171,7 +177,7 @@ def _records(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
         csv.field_size_limit(previous)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Iterator[FileRow]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -190,11 +196,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise UserError(f"cannot read {show(path)}{after} ({reason}); fetch the Parquet file again") from None
 
 
-def _arrow_row(place: str, batch: Any, i: int) -> Row:
-    cells: dict[str, Any] = {}
+def _arrow_row(place: str, batch: "RecordBatch", i: int) -> FileRow:
+    cells: dict[str, object] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             cells.setdefault(name, column[i].as_py())
         except UnicodeDecodeError:
-            return Row(place, {}, f"the column {name[:40]!r} is not valid UTF-8")
-    return Row(place, cells)
+            return FileRow(place, {}, f"the column {name[:40]!r} is not valid UTF-8")
+    return FileRow(place, cells)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from importlib import metadata
 from itertools import count, islice
@@ -31,7 +31,7 @@ class Selection(NamedTuple):
     """Rows and images that cannot be used, one line each: FILE, line N: reason."""
     roots: dict[str, Path]
     """Folders of the images, for `load_image`."""
-    sources: list[dict[str, object]]
+    sources: list[Mapping[str, object]]
     """One entry a file or set: sha256, revision, licence, counts."""
 
 
@@ -51,7 +51,7 @@ def load_samples(data: DataConfig, chosen: SelectionConfig, seed: int, split: Sp
     sets += [entry for entry in _builtin(chosen, seed, split) if entry[0] not in present]
     roots = {"file": data.images} if data.images else {}
     samples: list[Sample] = []
-    sources = []
+    sources: list[Mapping[str, object]] = []
     for wanted in ("harmful", "benign", "vqa"):
         for kind, found in sets:
             if kind == wanted:
@@ -62,7 +62,7 @@ def load_samples(data: DataConfig, chosen: SelectionConfig, seed: int, split: Sp
                 skipped += found.skipped + broken
                 reasons = count_reasons(found.skipped + broken)
                 counts = {"usable": len(found.samples), "samples": len(asked), "skipped": reasons}
-                sources.append(found.source | counts)
+                sources.append({**found.source, **counts})
                 _add_roots(roots, found.roots)
     return Selection(_unique(samples), skipped, roots, sources)
 

@@ -27,7 +27,7 @@ class Dataset(NamedTuple):
     skipped: list[str]
     roots: dict[str, Path]
     """Folders of its images, for `load_image`."""
-    source: dict[str, object]
+    source: Mapping[str, object]
     """What config.json keeps: files with sha256, revision, licence, citation, counts."""
 
 

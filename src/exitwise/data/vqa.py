@@ -1,10 +1,10 @@
-"""Questions with known answers: easy-VQA (PyPI package easy-vqa 1.0, one coloured shape an image) and VQA-v2."""
+"""Loads VQA questions: easy-VQA (PyPI package easy-vqa 1.0, one coloured shape an image) and VQA-v2."""
 
 import os
 import random
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import UserError
 from ..run.records import Sample
@@ -104,7 +104,7 @@ def vqa_v2(questions: Path, annotations: Path, images: Place, prefix: str = "vqa
     part = "train2014" if "train2014" in questions.name else "val2014"
     there = {name for name in os.listdir(images.folder) if name.endswith(".jpg")} if images.folder.is_dir() else set()
 
-    def adapt(cells: dict[str, Any]) -> dict[str, Any] | str:
+    def adapt(cells: dict[str, object]) -> dict[str, object] | str:
         key, number = cells.get("question_id"), cells.get("image_id")
         if not isinstance(key, int):
             return "the question_id is not a number"
@@ -126,7 +126,7 @@ def vqa_v2(questions: Path, annotations: Path, images: Place, prefix: str = "vqa
     return collect(rows, questions.name, "vqa", prefix, adapt, images)
 
 
-def _items(path: Path, key: str) -> list[Any]:
+def _items(path: Path, key: str) -> list[object]:
     value = read_json(path, MAX_JSON)
     if not isinstance(value, dict) or not isinstance(value.get(key), list):
         raise UserError(f"{show(path)} has no list {key!r}; expected the {key} file of VQA-v2 from visualqa.org")

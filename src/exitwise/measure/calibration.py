@@ -172,7 +172,7 @@ def _warning(youden: float | None) -> str:
     return ""
 
 
-def _ours(judge: str, rows: Sequence[human_labels.Row], judging: Judging | None) -> list[bool | None]:
+def _ours(judge: str, rows: Sequence[human_labels.LabelledAnswer], judging: Judging | None) -> list[bool | None]:
     """Verdicts of one of our judges on the answers of the file, through the very code that judges a run."""
     if not any(row.answer for row in rows):
         raise UserError(f"no answers to judge; expected a column {', '.join(human_labels.ANSWER)}")
