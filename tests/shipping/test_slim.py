@@ -15,8 +15,10 @@ from transformers import AutoModelForImageTextToText
 
 from exitwise import SlimConfig, UserError, describe, exit_at, inspect_checkpoint, load_vlm, slim
 from exitwise.model.families import find_blocks
+from exitwise.run.exit import Exit
 from exitwise.run.provenance import fingerprint
-from exitwise.shipping.slim import _published_names, _reload, answers, compare, save, save_model, savings
+from exitwise.shipping.check import answers, compare, reload
+from exitwise.shipping.slim import _published_names, save, save_model, savings
 from tests.conftest import tiny_llava
 from tests.families import TINY
 from tests.model.test_loading import FAMILY_FOLDERS
@@ -106,6 +108,32 @@ def test_what_is_written(full, tmp_path):
     assert (folder.stat().st_mode & 0o777) == 0o755
 
 
+def test_keywords_paths_and_a_loaded_model(full, tmp_path):
+    """The same files each way; a model in memory is cast and merged as a copy."""
+    path, folder = adapter(full, tmp_path), full / "clip"
+    wanted = load_file(slim(SlimConfig(str(folder), 2, str(path)), tmp_path / "config") / "model.safetensors")
+    slim(folder, exit=Exit([2]), adapter=path, out=tmp_path / "keywords", check=True)
+    vlm = load_vlm(folder)
+    before = {name: tensor.clone() for name, tensor in vlm.model.state_dict().items()}
+    slim(vlm, exit=2, adapter=path, out=str(tmp_path / "loaded"), check=True)
+    slim(vlm, exit=2, dtype="bfloat16", out=tmp_path / "small", check=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in vlm.model.state_dict().items())
+    for way in ("keywords", "loaded"):
+        found = load_file(tmp_path / way / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+    notes = [json.loads((tmp_path / way / "exitwise.json").read_text()) for way in ("config", "keywords", "loaded")]
+    assert {note["adapter"] for note in notes} == {str(path)}
+    assert len({note["source_sha256"] for note in notes}) == 1
+    for options, message in (
+        ({}, "exit got None"),
+        ({"exit": Exit([1, 2])}, r"exit got 1\+2"),
+        ({"exit": 2, "adaptor": path}, "did you mean 'adapter'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            slim(folder, out=tmp_path / "wrong", **options)
+
+
 def test_the_figures_of_the_cut_are_those_of_the_files(full, tmp_path):
     def weights(folder):
         tensors = load_file(folder / "model.safetensors").values()
@@ -119,7 +147,7 @@ def test_the_figures_of_the_cut_are_those_of_the_files(full, tmp_path):
     assert 0 < saves["flops"] < saves["encoder_flops"] < saves["whole_flops"]
     one = savings(tiny_llava("dinov2"), 3)
     assert [saves[key] for key in ("parameters", "bytes", "flops")] == [
-        3 * one[key] for key in ("parameters", "bytes", "flops")
+        3 * getattr(one, key) for key in ("parameters", "bytes", "flops")
     ]
 
 
@@ -134,15 +162,15 @@ def test_the_model_in_memory_is_as_before(tiny, tmp_path):
 
 def test_the_check_sees_another_exit(tiny, tmp_path):
     with exit_at(tiny, 3):
-        wanted = answers(tiny.model, tiny.processor, tiny.chat)
+        wanted = answers(tiny)
     for exit in (2, 3):
         (tmp_path / str(exit)).mkdir()
         save(tiny, exit, tmp_path / str(exit))
-    assert compare(wanted, answers(*_reload(tmp_path / "3", tiny.device, 3)))["tokens"]
+    assert compare(wanted, answers(reload(tmp_path / "3", tiny.device, 3))).tokens
     with pytest.raises(UserError, match="not the full one"):
-        compare(wanted, answers(*_reload(tmp_path / "2", tiny.device, 2)))
+        compare(wanted, answers(reload(tmp_path / "2", tiny.device, 2)))
     with pytest.raises(UserError, match="2 blocks and exit 2, not 3"):
-        _reload(tmp_path / "2", tiny.device, 3)
+        reload(tmp_path / "2", tiny.device, 3)
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -236,7 +264,7 @@ def test_names_in_several_files(full, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("exit", "said"), [(0, "exit 0 .* cannot be had by cutting"), (25, "cut at exits 1 to 4"), (-1, "--exit got -1")]
+    ("exit", "said"), [(0, "exit 0 .* cannot be cut"), (25, "cut at exits 1 to 4"), (-1, "--exit got -1")]
 )
 def test_an_exit_that_is_not_there(full, tmp_path, exit, said):
     with pytest.raises(UserError, match=said):
@@ -293,11 +321,11 @@ def test_the_figures_of_an_audit(full, tmp_path):
     assert "2 (this model)" in text
     assert "3 (default of the source)" in text
     assert "No audit was given" not in text
-    with pytest.raises(UserError, match="did not ask at exit 1"):
+    with pytest.raises(UserError, match="no figures at exit 1"):
         slim(SlimConfig(str(full / "clip"), 1, audit=tmp_path / "run"), tmp_path / "other")
     with pytest.raises(UserError, match="other weights"):
         slim(SlimConfig(str(full / "dinov2"), 2, audit=tmp_path / "run"), tmp_path / "other")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="not a run directory"):
         slim(SlimConfig(str(full / "clip"), 2, audit=tmp_path / "nowhere"), tmp_path / "other")
 
 
@@ -318,7 +346,7 @@ def test_the_command(full, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         entry(["slim", str(full / "clip"), "--exit", "25", "-o", str(tmp_path / "other")])
     assert stop.value.code == 2
-    assert "exit 25 is not there" in capsys.readouterr().err
+    assert "exit 25 does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.testbed

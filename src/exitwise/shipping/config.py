@@ -1,39 +1,55 @@
 """Options of a slim checkpoint."""
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Self
 
 from tyro.conf import Positional
 
+from ..data.options import make_config
 from ..errors import UserError
 from ..model.dtypes import SAVED_DTYPES
+from ..run.exit import Exit
 
 
 @dataclass(frozen=True)
 class SlimConfig:
-    """What a slim checkpoint is made from."""
+    """Model, exit and adapter of a slim checkpoint, and how it is written."""
 
     model: Positional[str]
     """testbed, testbed-control, a folder or a hub id of a model of a supported family."""
     exit: int
-    """The exit to cut at: the number of encoder blocks that stay."""
+    """Exit to cut at: the number of encoder blocks that are kept."""
     adapter: str | None = None
-    """A PEFT adapter to merge: a folder, a hub id, or the run directory of `exitwise align`."""
+    """PEFT adapter to merge: a folder, a hub id, or the run directory of `exitwise align`."""
     audit: Path | None = None
-    """The run directory of an audit of this model with this adapter; its figures go into the model card."""
+    """Run directory of an audit of this model with this adapter; its figures go into the model card."""
     check: bool = False
-    """Load the result with transformers and compare logits and greedy tokens with the full model at that exit; keep
-    nothing where they differ."""
+    """Load the result with transformers and compare logits and greedy tokens with the full model at the exit; nothing
+    is kept where they differ."""
     dtype: str = "auto"
-    """float32, bfloat16, float16; auto is what the source is saved in."""
+    """Data type of the saved weights: float32, bfloat16, float16; auto is that of the source."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU where there is one."""
+    """Device to load the model on: cpu, cuda, cuda:1 ...; auto is the first GPU where there is one."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
+    @classmethod
+    def of(cls, model: str | PathLike[str], **options: object) -> Self:
+        """A config from keywords.
+
+        Raises:
+            UserError: an unknown option, a value of another type, no exit, or a set of layers.
+        """
+        exit = options.get("exit")
+        if exit is None or (isinstance(exit, Exit) and exit.is_set):
+            raise UserError(f"exit got {exit}; expected the number of encoder blocks that are kept")
+        return make_config(cls, {"model": model, **options, "exit": int(exit) if isinstance(exit, Exit) else exit})
+
     def check_values(self) -> None:
-        """Raises UserError for a value out of range; whether the exit is there shows when the model is loaded."""
+        """Raises UserError for a value out of range; whether the exit exists is known once the model is loaded."""
         if self.exit < 0:
-            raise UserError(f"--exit got {self.exit}; expected the number of encoder blocks that stay, 1 or more")
+            raise UserError(f"--exit got {self.exit}; expected the number of encoder blocks that are kept, 1 or more")
         if self.dtype not in SAVED_DTYPES:
             raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(SAVED_DTYPES)}")

@@ -1,109 +1,133 @@
-"""A checkpoint whose image encoder ends at an exit: fewer blocks, a config that says so, the adapter merged in.
+"""Writes a checkpoint whose image encoder ends at an exit: fewer blocks, a config to match, the adapter merged in.
 
-What is written is an ordinary Hugging Face folder: any runtime that knows the family runs it and stops where the exit
-is, without knowing what an exit is. How a family's config says how many blocks there are stands in families.py: LLaVA
-has `vision_config.num_hidden_layers`, and `vision_feature_layer = -1` for the last one's state.
+The result is an ordinary Hugging Face folder: any runtime that knows the family runs it and stops at the exit, without
+knowing what an exit is. `Family.truncate` makes the config (model/families.py): for LLaVA it has fewer
+`vision_config.num_hidden_layers`, and `vision_feature_layer = -1` for the state of the last one.
 
-The folder is made beside its final name and renamed when it is whole, so a full disk or a kill leaves nothing under
-that name. With `check` it is first loaded from there by transformers alone and held to the full model at the exit.
+The folder is written under a temporary name and renamed when it is complete, so a full disk or a kill leaves nothing
+under the final name. With `check` it is first loaded from there and compared with the full model (check.py).
 """
 
+import copy
 import errno
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from .. import __version__
-from ..data.images import load_image
 from ..errors import UserError
 from ..model.costs import exit_costs
 from ..model.exits import exit_at
 from ..model.families import truncated_config
+from ..model.loading import adapter_folder, load_vlm, with_adapter
 from ..model.quiet import quiet
 from ..model.testbed import TESTBED_NOTICE, TESTBEDS
-from ..model.vlm import Vlm
+from ..model.vlm import Vlm, describe
 from ..run import directory
 from ..run.progress import Progress, Silent
 from ..run.provenance import fingerprint
-from ..shipping.config import SlimConfig
+from ..run.typed import to_json
 from .card import audit_figures, card
+from .check import CheckAnswers, answers, compare, reload
+from .config import SlimConfig
+from .note import Note, Savings
 
-CHECKS = (("coffee", "What is this?"), ("chelsea", "Is there an animal in the picture?"), ("rocket", "Say hello."))
-CHECK_TOKENS = 16
-TOLERANCE = 1e-4
-"""Most that a logit may differ, relative to the largest: float32 rounding is a hundred times below it."""
+if TYPE_CHECKING:
+    from ..model.types import StockModel
 
 LEGACY_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights published checkpoints name `vision_tower.vision_model.*`: vLLM looks for that name only,
 transformers reads the shorter one too."""
 
 
-class CheckAnswers(NamedTuple):
-    """What a model says in the check, one entry a question: logits (T, V) of the prompt, greedy tokens."""
+def slim(
+    model: SlimConfig | Vlm | str | PathLike[str],
+    out: str | PathLike[str],
+    progress: Progress | None = None,
+    **options: object,
+) -> Path:
+    """Writes a model, cut at an exit, to the folder `out`; returns that folder.
 
-    logits: list[torch.Tensor]
-    tokens: list[list[int]]
+        slim("testbed", exit=8, adapter="runs/aligned", out="slim/8")
 
-
-def slim(config: SlimConfig, out: Path, progress: Progress | None = None) -> Path:
-    """Writes the model of `config`, cut at its exit, to the folder `out`; returns that folder.
+    Args:
+        model: a name, a folder, a hub id, or a loaded `Vlm`, which stays as it is.
+        out: must be new or empty.
+        options: the fields of `SlimConfig`; they replace those of a `SlimConfig` given as `model`.
 
     Raises:
-        UserError: the exit is not there or cannot be had by cutting, `out` is taken, the adapter or the audit is of
+        UserError: the exit does not exist or cannot be cut, `out` is taken, the adapter or the audit belongs to
             another model, there is no room to write, or the check failed. Nothing is left under `out` then.
     """
-    from ..model.loading import load_vlm
-
+    if isinstance(model, SlimConfig):
+        config = replace(model, **options)
+    else:
+        config = SlimConfig.of(model.name if isinstance(model, Vlm) else model, **options)
     config.check_values()
-    progress = progress or Silent()
+    progress, out = progress or Silent(), Path(out)
     check_free(out)
-    vlm = load_vlm(
+    vlm = _own_copy(model, config) if isinstance(model, Vlm) else _load(config, progress)
+    check_exit(vlm, config.exit)
+    identity = fingerprint(vlm)
+    figures = audit_figures(config.audit, identity, config.exit) if config.audit else None
+    dtype = vlm.model.dtype if isinstance(model, Vlm) and config.dtype == "auto" else _dtype(config)
+    _cast(vlm.model, dtype)
+    saves = savings(vlm, config.exit)
+    with _whole_or_nothing(out) as scratch:
+        wanted = _reference(vlm, config.exit, dtype) if config.check else None
+        save(vlm, config.exit, scratch)
+        if wanted is not None:
+            progress.say("loading the slim model with transformers to compare")
+        note = Note(
+            made_by=f"exitwise {__version__}",
+            source=config.model,
+            adapter=config.adapter,
+            source_sha256=identity,
+            exit=config.exit,
+            source_blocks=vlm.n_blocks,
+            source_default_exit=vlm.default_exit,
+            dtype=str(dtype).removeprefix("torch."),
+            saves=saves,
+            notice=TESTBED_NOTICE.get(config.model),
+            audit=figures,
+            check=compare(wanted, answers(reload(scratch, vlm.device, config.exit))) if wanted is not None else None,
+        )
+        directory.write_json(scratch / "exitwise.json", to_json(note))
+        (scratch / "README.md").write_text(card(note), encoding="utf-8")
+    return out
+
+
+def _load(config: SlimConfig, progress: Progress) -> Vlm:
+    return load_vlm(
         config.model,
         adapter=config.adapter,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         say=progress.say,
     )
-    check_exit(vlm, config.exit)
-    identity = fingerprint(vlm)
-    figures = audit_figures(config.audit, identity, config.exit) if config.audit else None
-    dtype = _dtype(config)
-    _cast(vlm.model, dtype)
-    note = {
-        "made_by": f"exitwise {__version__}",
-        "source": config.model,
-        "adapter": config.adapter,
-        "source_sha256": identity,
-        "exit": config.exit,
-        "source_blocks": vlm.n_blocks,
-        "source_default_exit": vlm.default_exit,
-        "dtype": str(dtype).removeprefix("torch."),
-        "saves": savings(vlm, config.exit),
-        "notice": TESTBED_NOTICE.get(config.model),
-        "audit": figures,
-        "check": None,
-    }
-    with _whole_or_nothing(out) as scratch:
-        wanted = _reference(vlm, config.exit, dtype) if config.check else None
-        save(vlm, config.exit, scratch)
-        if wanted is not None:
-            progress.say("loading the slim model with transformers to compare")
-            note["check"] = compare(wanted, answers(*_reload(scratch, vlm.device, config.exit)))
-        directory.write_json(scratch / "exitwise.json", note)
-        (scratch / "README.md").write_text(card(note, vlm), encoding="utf-8")
-    return out
 
 
-def truncated(vlm: Vlm, exit: int) -> Any:
-    """The model whose encoder really has `exit` blocks, to be saved: weights are shared, no buffer is filled.
+def _own_copy(vlm: Vlm, config: SlimConfig) -> Vlm:
+    """A copy of a loaded model with the adapter merged: what is saved is cast, and the caller's model must not be."""
+    model = copy.deepcopy(vlm.model)
+    if config.adapter:
+        model = with_adapter(model, adapter_folder(config.adapter)).eval().requires_grad_(False)
+    return describe(vlm.name, model if config.device == "auto" else model.to(config.device), vlm.processor)
+
+
+def truncated(vlm: Vlm, exit: int) -> "StockModel":
+    """The model whose encoder has only `exit` blocks, to be saved: weights are shared, no buffer is filled.
 
     Raises:
         UserError: see `check_exit`.
@@ -118,20 +142,21 @@ def truncated(vlm: Vlm, exit: int) -> Any:
 
 
 def check_exit(vlm: Vlm, exit: int) -> None:
-    """Raises UserError for an exit outside 1 .. L, and for one that the family's config cannot say."""
+    """Raises UserError for an exit outside 1 .. L, and for one that the family's config cannot express."""
     none = 0 < exit <= vlm.n_blocks and truncated_config(vlm.model.config, exit) is None
     if exit == 0 or none:
         raise UserError(
-            f"exit {exit} of {vlm.name} cannot be had by cutting: an encoder of {exit} blocks gives no features in "
+            f"exit {exit} of {vlm.name} cannot be cut: an encoder of {exit} blocks gives no features in "
             f"most families; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the full model)"
         )
     if not 0 < exit <= vlm.n_blocks:
         raise UserError(
-            f"exit {exit} is not there: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} (default {vlm.default_exit})"
+            f"exit {exit} does not exist: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} "
+            f"(default {vlm.default_exit})"
         )
     if vlm.takes_layers and exit > vlm.default_exit:
         raise UserError(
-            f"exit {exit} of {vlm.name} is its default exit again: its connector takes no layer behind "
+            f"exit {exit} of {vlm.name} is its default exit again: its connector takes no layer after "
             f"{vlm.default_exit}; give --exit {vlm.default_exit} or less"
         )
 
@@ -147,7 +172,7 @@ def check_free(out: Path) -> None:
 def save(vlm: Vlm, exit: int, folder: Path) -> None:
     """Writes weights, config, generation config, processor and tokenizer of the model cut at `exit` into `folder`.
 
-    The tokenizer is told to pad on the left, which it forgets otherwise.
+    Left padding is added to the tokenizer's config, since `save_pretrained` omits it.
     """
     save_model(vlm, exit, folder)
     with quiet():
@@ -157,7 +182,7 @@ def save(vlm: Vlm, exit: int, folder: Path) -> None:
 
 
 def save_model(vlm: Vlm, exit: int, folder: Path) -> None:
-    """Weights, config and generation config; the last as it is, also one that transformers reads but will not save."""
+    """Writes weights, config and generation config; the last unchanged, even one that transformers refuses to save."""
     with quiet():
         truncated(vlm, exit).save_pretrained(folder)
         vlm.model.generation_config.to_json_file(folder / "generation_config.json", use_diff=True)
@@ -180,61 +205,29 @@ def _published_names(folder: Path) -> None:
             scratch.replace(path)
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        told = json.loads(index.read_text(encoding="utf-8"))
-        told["weight_map"] = {renamed(name): file for name, file in told["weight_map"].items()}
-        directory.write_json(index, told)
+        names = json.loads(index.read_text(encoding="utf-8"))
+        names["weight_map"] = {renamed(name): file for name, file in names["weight_map"].items()}
+        directory.write_json(index, names)
 
 
-def savings(vlm: Vlm, exit: int) -> dict[str, Any]:
-    """What the cut takes away, and out of how much: parameters, bytes, FLOPs of one request (costs.py)."""
+def savings(vlm: Vlm, exit: int) -> Savings:
+    """Parameters, bytes and FLOPs that the cut saves, and those of the model with all its blocks (model/costs.py)."""
     rows = exit_costs(vlm, [exit, vlm.n_blocks], repetitions=0)["exits"]
     cut, whole = (next(row for row in rows if row["exit"] == e) for e in (exit, vlm.n_blocks))
-    found: dict[str, Any] = {"blocks_cut": vlm.n_blocks - exit}
-    for key in ("parameters", "bytes", "flops"):
-        found[key] = int(whole[key]["total"] - cut[key]["total"])
-        found[f"whole_{key}"] = int(whole[key]["total"])
-    found["encoder_flops"] = int(whole["flops"]["encoder"])
-    return found
 
+    def saved(key: str) -> int:
+        return int(whole[key]["total"] - cut[key]["total"])
 
-@torch.inference_mode()
-def answers(model: Any, processor: Any, chat: Any) -> CheckAnswers:
-    """What a model answers to the questions of the check, greedily.
-
-    Args:
-        chat: from a question to the prompt's text.
-    """
-    logits, tokens = [], []
-    for photo, question in CHECKS:
-        image = load_image(f"photo:{photo}", None)
-        text, bos = chat(question), processor.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))
-        inputs = processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special)
-        inputs = inputs.to(model.device)
-        logits.append(model(**inputs).logits[0].float().cpu())
-        said = model.generate(**inputs, max_new_tokens=CHECK_TOKENS, do_sample=False)
-        tokens.append(said[0, inputs["input_ids"].shape[1] :].tolist())
-    return CheckAnswers(logits, tokens)
-
-
-def compare(wanted: CheckAnswers, got: CheckAnswers) -> dict[str, Any]:
-    """How far the slim model is from the full one at the exit.
-
-    Raises:
-        UserError: further than float32 rounding, or another token.
-    """
-    scale = max(float(each.abs().max()) for each in wanted.logits)
-    if [each.shape for each in wanted.logits] != [each.shape for each in got.logits]:
-        raise UserError("the slim model reads the check's prompts as other tokens than the full one; nothing is kept")
-    apart = max(float((a - b).abs().max()) for a, b in zip(wanted.logits, got.logits, strict=True))
-    if not apart <= TOLERANCE * scale or wanted.tokens != got.tokens:
-        same = "the same" if wanted.tokens == got.tokens else "other"
-        raise UserError(
-            f"the slim model is not the full one at this exit: logits differ by {apart:.2g} (largest {scale:.3g}), "
-            f"{same} greedy tokens; nothing is kept, please report it"
-        )
-    n_tokens = sum(len(row) for row in wanted.tokens)
-    return {"questions": len(CHECKS), "tokens": n_tokens, "largest_logit": scale, "largest_difference": apart}
+    return Savings(
+        blocks_cut=vlm.n_blocks - exit,
+        parameters=saved("parameters"),
+        whole_parameters=int(whole["parameters"]["total"]),
+        bytes=saved("bytes"),
+        whole_bytes=int(whole["bytes"]["total"]),
+        flops=saved("flops"),
+        whole_flops=int(whole["flops"]["total"]),
+        encoder_flops=int(whole["flops"]["encoder"]),
+    )
 
 
 def _reference(vlm: Vlm, exit: int, dtype: torch.dtype) -> CheckAnswers:
@@ -242,34 +235,13 @@ def _reference(vlm: Vlm, exit: int, dtype: torch.dtype) -> CheckAnswers:
     _cast(vlm.model, torch.float32)
     try:
         with quiet(), exit_at(vlm, exit):
-            return answers(vlm.model, vlm.processor, vlm.chat)
+            return answers(vlm)
     finally:
         _cast(vlm.model, dtype)
 
 
-def _reload(folder: Path, device: torch.device, exit: int) -> tuple[Any, Any, Any]:
-    """(model, processor, chat) of a folder, as a user of transformers has them."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    from ..model.vlm import describe
-
-    with quiet():
-        loader: Any = AutoModelForImageTextToText
-        model = loader.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).to(device).eval()
-        processor = AutoProcessor.from_pretrained(folder)
-    if processor.tokenizer.padding_side != "left":
-        raise UserError("the saved tokenizer pads on the right; nothing is kept, please report it")
-    again = describe(str(folder), model, processor)
-    if (again.n_blocks, again.default_exit) != (exit, exit):
-        raise UserError(
-            f"the saved model has {again.n_blocks} blocks and exit {again.default_exit}, not {exit}; nothing is kept, "
-            "please report it"
-        )
-    return model, processor, again.chat
-
-
 def _dtype(config: SlimConfig) -> torch.dtype:
-    """What to save in: what was asked, else what the source is saved in."""
+    """The dtype to save in: that of the option, else the one the source is saved in."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     if config.model in TESTBEDS:
@@ -281,15 +253,15 @@ def _dtype(config: SlimConfig) -> torch.dtype:
     return found.dtype or torch.float32
 
 
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Parameters only: buffers such as rotary frequencies are made in float32 and stay so."""
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts parameters only: buffers such as rotary frequencies are computed in float32 and stay in it."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A scratch folder that gets the name `out` once all is written, and is removed otherwise."""
+    """A temporary folder that is renamed to `out` once all is written, and removed otherwise."""
     scratch = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -298,10 +270,10 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         scratch.chmod(0o755)
         scratch.rename(out)  # onto an empty folder is allowed
     except (OSError, SafetensorError) as error:
-        said = str(error)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in said
+        reason = str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason
         hint = "make room or give --out another place" if full else "give --out a place that can be written"
-        raise UserError(f"cannot write {out} ({said[:200]}); nothing is kept, {hint}") from error
+        raise UserError(f"cannot write {out} ({reason[:200]}); nothing is kept, {hint}") from error
     finally:
         if scratch is not None and scratch.exists():
             shutil.rmtree(scratch, ignore_errors=True)
