@@ -62,7 +62,7 @@ def test_frames(folder):
 
 def test_the_summary_is_escaped(folder, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
-    metrics["answer"]["headline"] = HOSTILE
+    metrics["answer"]["headline"] = "".join(HOSTILE)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     page = Run.open(tmp_path)._repr_html_()
