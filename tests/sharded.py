@@ -14,7 +14,7 @@ import accelerate
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from exitwise.alignment.loop import align  # noqa: F401 (before the fork)
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 
 
 class ShardingAccelerator(accelerate.Accelerator):

@@ -68,7 +68,7 @@ SHOWN = sorted(
 
 
 def test_every_shown_command_parses():
-    from exitwise.cli.commands import parse
+    from exitwise.cli.main import parse
 
     assert len(SHOWN) > 30
     for line in SHOWN:
@@ -95,7 +95,7 @@ def test_there_is_something_to_run():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, desk):
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     words = shlex.split(command)
     if words[0] == "make":

@@ -30,7 +30,7 @@ from exitwise.alignment.loop import align
 from exitwise.alignment.policy import without_encoder
 from exitwise.alignment.rollout import ResponseBatch, Rollout
 from exitwise.alignment.steps import shape_scores
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.data.images import load_image
 from exitwise.engines import prefix
 from exitwise.model.exits import exit_at, exit_features

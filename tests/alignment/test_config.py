@@ -4,7 +4,7 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from tests.auditing.test_config import write_inputs
 
 BEFORE = Path(__file__).parent / "config_before.json"

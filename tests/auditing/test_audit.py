@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from exitwise import AuditConfig, UserError, audit
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.data.selection import load_samples
 from tests.conftest import tiny_llava
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 
 BEFORE = Path(__file__).parent / "config_before.json"
 """Written by the last commit whose configs had all options in one class."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exitwise import compare_runs
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.comparison import page
 from exitwise.comparison.pairing import read_pair
 from exitwise.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from exitwise import AlignConfig, AuditConfig, UserError
-from exitwise.cli.commands import parse
+from exitwise.cli.main import parse
 from exitwise.data.options import option_types, to_json
 from exitwise.run.exit import Exit
 

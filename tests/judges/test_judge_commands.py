@@ -41,7 +41,7 @@ def test_images_of_public_sets_are_found_again(tiny_folder, tmp_path, monkeypatc
     """--image-root is relative to where the audit ran; the judging runs elsewhere."""
     from PIL import Image
 
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (20, 20), "red").save(tmp_path / "pictures/a.png")
@@ -68,7 +68,7 @@ def test_images_of_public_sets_are_found_again(tiny_folder, tmp_path, monkeypatc
 
 
 def test_the_command_judges_with_several(tiny_folder, checkpoints, tmp_path, capsys):
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     out = tmp_path / "run"
     entry(
@@ -120,7 +120,7 @@ def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
 
 def test_a_guard_is_calibrated(checkpoints, tmp_path, monkeypatch, capsys):
     """Where a model comes from is said as for judging; labelled answers have no image and no run."""
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     rows = [(text, int("poison" in text)) for text in HARMLESS[:2] + HARMFUL]
     lines = [f'"How?","{text}",{label}' for text, label in rows]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from exitwise import AuditConfig, UserError
 from exitwise.auditing.audit import audit
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.measure.bands import cka_matrix, group_exits, linear_cka, write_bands
 from tests.conftest import tiny_llava
 

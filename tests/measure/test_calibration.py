@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exitwise import UserError
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.data.human_labels import read_labels
 from exitwise.measure.calibration import apply, calibrate, corrected_share, of_run, rogan_gladen
 from tests.conftest import ROOT

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from exitwise import UserError
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.measure.metrics import compute_metrics
 from exitwise.measure.stats import paired_difference
 from exitwise.report.markup import RENDERERS, Table, csv_text, latex, markdown

@@ -248,7 +248,7 @@ def test_line_does_not_bridge_exits_that_were_not_audited():
     ],
 )
 def test_the_command_of_a_report_asks_the_same_again(tmp_path, config):
-    from exitwise.cli.commands import parse
+    from exitwise.cli.main import parse
 
     run = write_run(tmp_path / "run", n=6)
     (run / "config.json").write_text(json.dumps(config.to_json()))

@@ -229,7 +229,7 @@ def test_bad_values_are_named(change, message):
 
 
 def test_the_command_line(tmp_path, tiny_folder, pairs, capsys):
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     run = str(tmp_path / "run")
     entry(["reward", "train", str(tiny_folder), "--pairs", pairs, "--out", run, "--batch-size", "8"])

@@ -272,7 +272,7 @@ def test_a_file_that_the_index_names_is_missing(home, tmp_path):
 
 
 def test_the_command(home, capsys):
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     entry(["inspect", str(home / "slim")])
     assert "made for: exit 2/4" in capsys.readouterr().out

@@ -339,7 +339,7 @@ def test_a_hostile_name_stays_in_its_cell(full, tmp_path):
 
 
 def test_the_command(full, tmp_path, capsys):
-    from exitwise.cli.commands import entry
+    from exitwise.cli.main import entry
 
     entry(["slim", str(full / "clip"), "--exit", "3", "-o", str(tmp_path / "slim")])
     assert "1 blocks cut" in capsys.readouterr().out

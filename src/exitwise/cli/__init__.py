@@ -1,5 +1,5 @@
 """The command line."""
 
-from .commands import entry
+from .main import entry
 
 __all__ = ["entry"]

@@ -1,0 +1,122 @@
+"""What the command line prints: progress, and the lines at the end of a command."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..run import directory
+
+
+class Bar:
+    """A progress bar with what is left; plain lines where the output is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.console = Console(stderr=True)
+        self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        self.task: Any = None
+        self.done, self.total, self.told, self.what = 0, 0, 0, ""
+
+    def __enter__(self) -> "Bar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)  # a path stays whole: it is copied
+
+    def start(self, total: int, what: str = "answers") -> None:
+        self.task, self.total, self.what = self.bar.add_task(what, total=total), total, what
+        self.done, self.told = 0, 0
+
+    def advance(self, done: int) -> None:
+        self.bar.advance(self.task, done)
+        self.done += done
+        if not self.console.is_terminal and self.done * 10 // max(1, self.total) > self.told:
+            self.told = self.done * 10 // self.total
+            self.say(f"{self.what} {self.done}/{self.total}")
+
+
+def print_answer(folder: Path, report: Path) -> None:
+    metrics = directory.read_json(folder / "metrics.json", "answer")
+    print(metrics["answer"]["headline"])
+    print(metrics["answer"]["detail"])
+    from ..measure.calibration import in_words, of_run
+
+    print(in_words(metrics["judge"], of_run(folder, metrics["judge"], 0)))
+    notice = metrics.get("notice")
+    if notice:
+        print(notice)
+    timing = folder / "timing.json"
+    if timing.exists():
+        phases = directory.read_json(timing, "phases")["phases"]
+        print("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()))
+    print(f"report: {report}")
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[Path]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the directory {folder} ({error.strerror}); choose another with --out") from None
+    yield folder
+
+
+def print_comparison(figures: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from ..comparison.page import table
+    from ..report.text import visible
+
+    verdict, console = figures["verdict"], Console()
+    failures = [f"{failure['name']}: {failure['text']}" for failure in verdict["failures"]]
+    print(verdict["sentence"])
+    for line in (*failures, *verdict["detail"], *figures["notes"]):
+        print(f"- {visible(line)}")
+    print()
+    if console.is_terminal:
+        console.print(table(figures, console.width))
+    else:
+        Console(width=10_000).print(table(figures, None))
+    print(f"comparison: {folder / 'compare.html'}")
+
+
+def print_scores(folder: Path) -> None:
+    from ..measure.scores import unfinished, write_score_metrics
+
+    found = write_score_metrics(folder)
+    for row in found["scores"]:
+        where = f"{row['band']} band" if row["exit"] is None else f"exit {row['exit']}"
+        print(f"{row['metric']:<7}{where:<12}{_figure(row)}  n {row['n']}, unscored {row['unscored']}  {row['scorer']}")
+    for row in found["refusal_contrast"]:
+        shares = [_share(row[name]) for name in ("refusal", "over_refusal")]
+        print(f"exit {row['exit']}: refuses {shares[0]} of harmful and {shares[1]} of harmless requests")
+    for name in unfinished(folder):
+        print(f"not through yet, so in no figure: {name}")
+    print(f"figures: {folder / 'score_metrics.json'}")
+
+
+def _figure(row: dict[str, Any]) -> str:
+    if row["value"] is None:
+        return "not measured"
+    interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    return f"{row['value']:.2f}{interval}"
+
+
+def _share(value: float | None) -> str:
+    return "none measured" if value is None else f"{100 * value:.0f} %"
