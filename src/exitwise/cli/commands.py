@@ -204,11 +204,11 @@ class Calibrate:
     judge: Annotated[str, tyro.conf.Positional]
     """Name of a judge, or column:NAME for verdicts in a column of the labels file."""
     labels: Path
-    """CSV or JSONL file with columns prompt, answer and human labels (human1, human2 ..., or human_majority); 1 is unsafe."""
+    """CSV or JSONL file: columns prompt, answer and human labels (human1, human2 ..., or human_majority; 1: unsafe)."""
     humans: tuple[str, ...] = ()
     """Names of the columns with human labels; default: human1, human2 ... or human_majority."""
     apply: Path | None = None
-    """Run directory with verdicts of this judge; the calibration is saved there and its report shows the corrected ASR."""
+    """Run directory with verdicts of this judge: saves the calibration there; its report shows the corrected ASR."""
     out: Path | None = None
     """JSON file for the calibration without --apply; default: calibration.<judge>.json."""
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
