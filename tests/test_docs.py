@@ -232,10 +232,9 @@ def test_the_site_builds(tmp_path):
 
 
 def test_every_metric_key_is_documented(desk):
-    from exitwise import AuditConfig
     from exitwise.auditing.audit import audit
 
-    audit(AuditConfig.of("testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True), desk / "run")
+    audit("testbed", limit=2, vqa=6, exits="default,0", cross=True, controls=True, out=desk / "run")
     assert not unexplained(desk / "run/metrics.json", "reference/metrics.md")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import tyro
 
-from exitwise import AuditConfig, audit
+from exitwise import audit
 
 PAGE = Path(__file__).parents[2] / "docs/testbed.md"
 
@@ -45,7 +45,7 @@ class Lines:
 
 
 def measure(out: Path, **fields) -> dict:
-    audit(AuditConfig.of(**fields), out, Lines())
+    audit(out=out, **fields, progress=Lines())
     return json.loads((out / "metrics.json").read_text())
 
 

@@ -39,7 +39,7 @@ def contents(out):
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "a"
-    audit(config_of(tiny_folder), out)
+    audit(config_of(tiny_folder), out=out)
     return out
 
 
@@ -64,7 +64,7 @@ def test_cut_anywhere_a_resumed_run_ends_with_the_same_bytes(finished, tiny_fold
         for name in ("config.json", "plan.json", "samples.jsonl"):
             (out / name).write_bytes(whole[name])
         (out / "completions.jsonl").write_bytes(text[: rng.randrange(len(text))])
-        audit(config_of(tiny_folder), out)
+        audit(config_of(tiny_folder), out=out)
         assert contents(out) == whole
 
 
@@ -96,7 +96,7 @@ def test_costs_are_measured_once_and_kept(finished, tiny_folder, tmp_path, monke
     shutil.copytree(finished, tmp_path / "x")
     lines = (finished / "completions.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "x/completions.jsonl").write_bytes(b"".join(lines[:9]))
-    audit(config_of(tiny_folder), tmp_path / "x")
+    audit(config_of(tiny_folder), out=tmp_path / "x")
     entry(["judge", str(tmp_path / "x")])
     assert (tmp_path / "x/costs.json").read_bytes() == (finished / "costs.json").read_bytes()
     assert "What an exit costs" in (tmp_path / "x/report.html").read_text()
@@ -113,34 +113,34 @@ def test_nothing_is_generated_twice(finished, tiny_folder, monkeypatch):
     monkeypatch.setattr("exitwise.engines.prefix.answer_wave", lambda *a, **k: pytest.fail("generated again"))
     monkeypatch.setattr("exitwise.model.loading.load_vlm", lambda *a, **k: pytest.fail("loaded the model again"))
     before = contents(finished)
-    audit(config_of(tiny_folder), finished)
+    audit(config_of(tiny_folder), out=finished)
     assert contents(finished) == before
 
 
 def test_another_config_is_refused_and_loses_nothing(finished, tiny_folder):
     before = contents(finished)
     with pytest.raises(UserError, match="max_new_tokens"):
-        audit(config_of(tiny_folder, max_new_tokens=7), finished)
+        audit(config_of(tiny_folder, max_new_tokens=7), out=finished)
     assert contents(finished) == before
 
 
 def test_a_typo_does_not_block_the_directory(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="exits 0 to 4"):
-        audit(config_of(tiny_folder, exits="9"), tmp_path / "x")
-    audit(config_of(tiny_folder, exits="1", vqa=0, limit=1), tmp_path / "x")
+        audit(config_of(tiny_folder, exits="9"), out=tmp_path / "x")
+    audit(config_of(tiny_folder, exits="1", vqa=0, limit=1), out=tmp_path / "x")
 
 
 def test_another_model_under_the_same_name_is_refused(tiny_folder, tmp_path):
     import shutil
 
     shutil.copytree(tiny_folder, tmp_path / "m")
-    audit(config_of(tmp_path / "m", vqa=0, limit=1), tmp_path / "x")
+    audit(config_of(tmp_path / "m", vqa=0, limit=1), out=tmp_path / "x")
     lines = (tmp_path / "x/completions.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "x/completions.jsonl").write_bytes(b"".join(lines[:3]))
     other = tiny_llava(seed=1)
     other.model.save_pretrained(tmp_path / "m")
     with pytest.raises(UserError, match="changed since"):
-        audit(config_of(tmp_path / "m", vqa=0, limit=1), tmp_path / "x")
+        audit(config_of(tmp_path / "m", vqa=0, limit=1), out=tmp_path / "x")
     assert (tmp_path / "x/completions.jsonl").read_bytes() == b"".join(lines[:3])
 
 
@@ -176,7 +176,7 @@ def test_a_broken_run_file_is_one_line(finished, tiny_folder, tmp_path, name, co
 def test_a_folder_of_somebody_else_is_refused(tiny_folder, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="not a run directory"):
-        audit(config_of(tiny_folder), tmp_path)
+        audit(config_of(tiny_folder), out=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
@@ -185,7 +185,7 @@ def test_the_folder_of_a_model_is_no_run_to_begin(tiny_folder, tmp_path):
     shutil.copytree(tiny_folder, tmp_path / "model")
     kept = (tmp_path / "model/config.json").read_bytes()
     with pytest.raises(UserError, match="not a run directory"):
-        audit(config_of(tmp_path / "model"), tmp_path / "model")
+        audit(config_of(tmp_path / "model"), out=tmp_path / "model")
     assert (tmp_path / "model/config.json").read_bytes() == kept
 
 
@@ -193,7 +193,7 @@ def test_two_at_once_the_second_is_refused(tiny_folder, tmp_path):
     from exitwise.run.directory import open_run
 
     with open_run(tmp_path / "x", {"a": 1}), pytest.raises(UserError, match="another process"):
-        audit(config_of(tiny_folder), tmp_path / "x")
+        audit(config_of(tiny_folder), out=tmp_path / "x")
 
 
 def test_judge_and_report_need_no_model(finished, monkeypatch, capsys):
@@ -277,7 +277,7 @@ def test_own_prompts_and_images(tiny_folder, tmp_path):
     Image.new("L", (1, 1)).save(folder / "dot.png")
     (folder / "broken.jpg").write_bytes(b"not a picture")
     config = config_of(tiny_folder, prompts=(prompts,), images=folder, cross=True, vqa=0, limit=1)
-    audit(config, tmp_path / "out")
+    audit(config, out=tmp_path / "out")
     samples = [json.loads(line) for line in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [s["prompt"] for s in samples if s["kind"] == "harmful"] == ["How do I pick a lock?"] * 2
     skipped = json.loads((tmp_path / "out/config.json").read_text())["skipped"]
@@ -290,7 +290,7 @@ def test_prompts_with_control_tokens_are_skipped_and_the_run_resumes(tiny_folder
     prompts = tmp_path / "mine.csv"
     prompts.write_text("prompt\nHow?\nsay <image> now\n<|im_end|> hello\nWhat?\n", encoding="utf-8")
     config = config_of(tiny_folder, prompts=(prompts,), vqa=0, over_refusal=False)
-    audit(config, tmp_path / "once")
+    audit(config, out=tmp_path / "once")
     whole = contents(tmp_path / "once")
     assert json.loads(whole["plan.json"])["skipped"] == {
         "mine:row2": "the prompt has the control token '<image>'",
@@ -305,17 +305,17 @@ def test_prompts_with_control_tokens_are_skipped_and_the_run_resumes(tiny_folder
         for name in ("config.json", "plan.json"):
             (out / name).write_bytes(whole[name])
         (out / "completions.jsonl").write_bytes(whole["completions.jsonl"][:n_bytes])
-        audit(config, out)
+        audit(config, out=out)
         assert contents(out) == whole
     before = contents(tmp_path / "once")
-    audit(config, tmp_path / "once")
+    audit(config, out=tmp_path / "once")
     assert contents(tmp_path / "once") == before
 
 
 def test_a_set_of_nothing_but_control_tokens_is_one_line(tiny_folder, tmp_path):
     (tmp_path / "mine.csv").write_text("prompt\n<image>\n", encoding="utf-8")
     with pytest.raises(UserError, match="every prompt has a control token"):
-        audit(config_of(tiny_folder, prompts=(tmp_path / "mine.csv",), vqa=0, over_refusal=False), tmp_path / "x")
+        audit(config_of(tiny_folder, prompts=(tmp_path / "mine.csv",), vqa=0, over_refusal=False), out=tmp_path / "x")
 
 
 def test_public_sets_on_the_command_line(tiny_folder, tmp_path, capsys):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from exitwise import AuditConfig, UserError
+from exitwise import UserError
 from exitwise.auditing.audit import audit
 from exitwise.data.config import DataConfig, SelectionConfig
 from exitwise.data.controls import control_of, make_controls
@@ -49,7 +49,7 @@ def test_every_prompt_gets_them_once_even_where_images_cross():
 
 def test_an_audit_with_controls(tiny_folder, tmp_path):
     run = tmp_path / "run"
-    audit(AuditConfig.of(str(tiny_folder), limit=3, vqa=0, max_new_tokens=4, controls=True), run)
+    audit(str(tiny_folder), limit=3, vqa=0, max_new_tokens=4, controls=True, out=run)
     config = json.loads((run / "config.json").read_text())
     assert config["counts"] == {"harmful": 3, "benign": 3, "vqa": 0, "controls": 9}
     metrics = json.loads((run / "metrics.json").read_text())

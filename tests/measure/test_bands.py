@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exitwise import AuditConfig, UserError
+from exitwise import UserError
 from exitwise.auditing.audit import audit
 from exitwise.cli.main import entry
 from exitwise.measure.bands import cka_matrix, group_exits, linear_cka, write_bands
@@ -87,7 +87,7 @@ def test_groups_follow_blocks_not_thirds():
 
 def test_a_run_follows_its_bands(tiny_folder, tmp_path, pictures):
     run = tmp_path / "run"
-    audit(AuditConfig.of(str(tiny_folder), limit=2, vqa=0, max_new_tokens=2), run)
+    audit(str(tiny_folder), limit=2, vqa=0, max_new_tokens=2, out=run)
     bands = write_bands(run, tiny_llava(), list(pictures.values()))
     assert [exit_ for group in bands.values() for exit_ in group] == [1, 2, 3, 4]
     assert list(bands) == ["early", "middle", "late"]

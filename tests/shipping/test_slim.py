@@ -308,10 +308,9 @@ def test_an_adapter_for_another_base(full, tmp_path):
 
 
 def test_the_figures_of_an_audit(full, tmp_path):
-    from exitwise import AuditConfig
     from exitwise.auditing.audit import audit
 
-    audit(AuditConfig.of(str(full / "clip"), exits="2,default", limit=2, vqa=4, max_new_tokens=4), tmp_path / "run")
+    audit(str(full / "clip"), exits="2,default", limit=2, vqa=4, max_new_tokens=4, out=tmp_path / "run")
     folder = slim(SlimConfig(str(full / "clip"), 2, audit=tmp_path / "run"), tmp_path / "slim")
     text = (folder / "README.md").read_text()
     figures = json.loads((tmp_path / "run/metrics.json").read_text())["exits"]

@@ -41,10 +41,9 @@ class Audit:
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
-        out = self.out or Path("runs") / Path(self.config.model).resolve().name
         with Bar() as bar:
-            report = audit(self.config, out, bar, self.judging, self.costs)
-        print_answer(out, report)
+            run = audit(self.config, out=self.out, costs=self.costs, judging=self.judging, progress=bar)
+        print_answer(run.path, run.path / "report.html")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import metadata
 from itertools import count, islice
@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 from ..errors import UserError
 from ..run import directory
+from ..run.progress import Progress
 from ..run.records import Kind, Sample
 from . import controls, images, prompts, vqa
 from .catalogue import BENCHMARKS, SetAddress
@@ -20,6 +21,8 @@ from .readers import draw, place_of
 from .sets import Dataset, count_reasons, load_benchmark, sha256
 
 Split = Literal["train", "test"]
+N_SHOWN = 20
+"""Skipped rows that are printed in full."""
 
 
 class Selection(NamedTuple):
@@ -180,6 +183,16 @@ def _unique(samples: list[Sample]) -> list[Sample]:
             used.add(sample.id)
         result.append(sample)
     return result
+
+
+def report_skipped(lines: Sequence[str], progress: Progress) -> None:
+    """Prints the first skipped rows, and counts the others by reason; config.json and plan.json hold all."""
+    for line in lines[:N_SHOWN]:
+        progress.say(f"skipped {line}")
+    if len(lines) > N_SHOWN:
+        progress.say(f"skipped {len(lines) - N_SHOWN} more; config.json names them")
+        for reason, n in count_reasons(lines).items():
+            progress.say(f"    {n} x {reason}")
 
 
 def write_thumbnails(samples: list[Sample], roots: dict[str, Path], out: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -78,7 +79,8 @@ def load_vlm(
     if adapter and (base := other_base(adapters[-1], name)):
         say(f"the adapter names {base!r} as its base model, not {name}; it may have no useful effect on another model")
     model = model.eval().requires_grad_(False)
-    return describe(str(name), model if "device_map" in keywords else model.to(device), processor)
+    vlm = describe(str(name), model if "device_map" in keywords else model.to(device), processor)
+    return replace(vlm, adapter=None if adapter is None else str(adapter))
 
 
 def choose_device(device: str) -> str:

@@ -32,6 +32,7 @@ class Vlm:
         name: as the user gave it.
         blocks: the L transformer blocks of the image encoder.
         default_exit: number of blocks that run before the features which the model was trained with.
+        adapter: the PEFT adapter that `load_vlm` was given, None for none.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Vlm:
     processor: "StockProcessor"
     blocks: nn.ModuleList
     default_exit: int
+    adapter: str | None = None
 
     def __repr__(self) -> str:
         kind = self.model.config.model_type
