@@ -1,4 +1,4 @@
-"""Holds the refusal matcher to the people of JailbreakBench's judge comparison, and writes the file that is shipped
+"""Calibrates the refusal matcher against the human labels of JailbreakBench's judge comparison; writes the shipped file
 and the table in docs/howto/calibrate.md.
 
     python recipes/calibration.py --labels judge-comparison.csv

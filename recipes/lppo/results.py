@@ -1,4 +1,4 @@
-"""Writes docs/results.md from what run.py left: compares every audit with the one before training, row by row.
+"""Writes the tables of docs/results.md from the runs of run.py: compares every audit with the one before training.
 
 python recipes/lppo/results.py
 """
