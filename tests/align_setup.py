@@ -60,7 +60,7 @@ def align_all(model: Path, material: Path, out: Path, meet: Callable[[], None] =
     """
     for method, changes in DISTRIBUTED.items():
         meet()
-        align(config_of(model, material, method=method, **changes), out / method)
+        align(config_of(model, material, method=method, **changes), out=out / method)
         AcceleratorState._reset_state(reset_partial_state=True)  # `align` ends the process group
 
 
@@ -82,7 +82,7 @@ def align_with_nan(model: Path, material: Path, out: Path) -> None:
     """What this process said when another one had to stop, as OUT/said.RANK."""
     exitwise.alignment.setup.load_scores = lambda *_: NanElsewhere()
     try:
-        align(config_of(model, material), out / "nan")
+        align(config_of(model, material), out=out / "nan")
     except UserError as error:
         (out / f"said.{os.environ['RANK']}").write_text(str(error))
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .alignment.adapter import Adapter
     from .alignment.config import AlignConfig
     from .alignment.loop import align
     from .auditing.audit import audit
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .shipping.slim import slim
 
 _MODULES = {
+    "Adapter": "alignment.adapter",
     "AlignConfig": "alignment.config",
     "align": "alignment.loop",
     "audit": "auditing.audit",

@@ -1,4 +1,4 @@
-"""What an alignment can be asked. The command line is made from this class (tyro), and config.json holds its fields."""
+"""Options of an alignment. tyro makes the command line from this class; config.json holds its fields."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -16,122 +16,127 @@ VQA_QUESTIONS = 1200
 """Questions drawn from each VQA set; easy-VQA has 38,575, and an alignment uses a few hundred."""
 
 EVAL_EVERY_WORST = 10
-"""Steps between two small audits under --schedule worst, which follows them."""
+"""Default of --eval-every with --schedule worst, whose weights follow the small audits."""
 
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """What an alignment asks; every field lands in config.json."""
+    """Options of an alignment; config.json holds every field."""
 
     model: Positional[str]
-    """testbed, a folder or a hub id of a model of any supported family (docs/reference/families.md)."""
+    """testbed, or a folder or Hugging Face hub id of a model of a supported family (docs/reference/families.md)."""
     method: Literal["l-ppo", "grpo", "sft", "dpo"] = "l-ppo"
-    """l-ppo (Bachu et al.); the others are baselines on the same data, exits, steps and adapter."""
+    """Training method: l-ppo (Bachu et al., 2025), or a baseline with the same data, exits, steps and adapter."""
     exits: str = "default"
-    """Exits to train at: all, default, early, middle, late, numbers and ranges, separated by commas."""
+    """Exits to train at: all, default, early, middle, late, numbers and ranges, separated by commas. Layers joined by +
+    are one exit that fuses them: 3+18+23."""
     hold_out: str = ""
-    """Exits to leave out of --exits, so that an audit can show what training elsewhere did to them."""
+    """Exits to leave out of --exits, so that an audit can measure the effect of the training on other exits."""
     schedule: Literal["random", "each", "worst"] = "random"
-    """How prompts meet exits: one drawn per prompt; every prompt at each exit; or drawn with weights that follow the
-    last audit, most at the exit with the highest ASR (minimax)."""
+    """How prompts are assigned to exits: random draws one exit per prompt; each uses every exit for every prompt; worst
+    draws with weights that follow ASR in the latest audit, so that the exit with the highest ASR gets most prompts
+    (minimax)."""
     audit: Path | None = None
-    """A run directory of `exitwise audit` of this model: first weights of --schedule worst."""
+    """Run directory of `exitwise audit` of this model; its ASR sets the first weights of --schedule worst."""
     inputs: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     mix: tuple[float, float, float] = (0.5, 0.25, 0.25)
-    """Shares of harmful prompts, harmless prompts and VQA questions in a batch; 1 0 0 is the paper's."""
+    """Shares of harmful prompts, harmless prompts and VQA questions in a batch; the paper uses 1 0 0."""
     anchor: tuple[float, float] = (0.5, 1.0)
-    """Shares of the harmless prompts and of the VQA questions asked at the default exit, to keep it as it is. A
-    question about an image that an early exit does not show teaches guessing, at the default exit too."""
+    """Shares of the harmless prompts and of the VQA questions that are used at the default exit, to keep its behaviour.
+    An early exit may not show what a VQA question asks for; training on it there teaches the model to guess."""
     refusal_cost: float = 1.0
-    """A refused harmless prompt scores minus this, an answered one 1."""
+    """Penalty for refusing a harmless prompt: the score is minus this value, against 1 for an answer."""
     reward: str = "builtin"
-    """Who scores harmful prompts' answers: builtin (the testbed's own), a run of `exitwise reward train`, a hub id of a
-    sequence classifier with one label, or matcher (the rule that also measures ASR)."""
+    """Reward model that scores answers to harmful prompts: builtin (for the testbed), a folder made by `exitwise reward
+    train`, a hub id of a sequence classifier with one label, or matcher (the rule that also measures ASR)."""
     reward_template: str | None = None
-    """How a published reward model wants its texts, where its id is not known: human-assistant or question."""
+    """Text format of a published reward model whose id is not known: human-assistant or question."""
     steps: int = 100
-    """Rollouts, each followed by its updates."""
+    """Number of training steps: a rollout of a batch, then updates on it."""
     batch_size: int = 32
-    """Answers in a rollout."""
+    """Answers per step."""
     max_new_tokens: int = 24
-    """Tokens of an answer at the most."""
+    """Maximum length of an answer, in tokens."""
     temperature: float = 1.0
-    """Of sampling; ratios and KL are those of temperature 1."""
+    """Sampling temperature of rollouts. Probability ratios and the KL are computed at temperature 1."""
     num_ppo_epochs: int = 2
-    """Passes over a rollout."""
+    """Passes over the batch in a step."""
     num_mini_batches: int = 2
-    """Updates in a pass."""
+    """Mini-batches per pass; each gives one optimizer update."""
     gradient_accumulation_steps: int = 1
-    """Pieces of a mini-batch that are in memory one at a time."""
+    """Micro-batches per mini-batch; only one is in memory at a time. A larger number needs less memory."""
     gradient_checkpointing: bool = False
-    """Compute activations twice to keep fewer of them; prefixes are then not shared."""
+    """Recompute activations in the backward pass to save memory. Rows that share an image then no longer share its
+    computation, which is slower."""
     lr: float = 3e-4
     """Peak learning rate of AdamW."""
     warmup: int = 2
-    """Steps until the peak; afterwards it falls linearly to a tenth."""
+    """Number of steps in which the learning rate rises to --lr; afterwards it falls linearly to a tenth of it."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """Maximum norm of the gradient; larger gradients are scaled down to it."""
     lora_rank: int = 16
-    """Of the adapter."""
+    """LoRA rank."""
     lora_alpha: float = 32.0
-    """Of the adapter."""
+    """LoRA alpha; the adapter is scaled by alpha / rank."""
     kl_coef: float = 0.05
-    """Weight of the KL to the policy before training; 0 lets the policy collapse if the reward lets it."""
+    """Weight of the KL divergence from the model before training, per token. With 0 the policy can collapse to whatever
+    the reward model prefers."""
     kl_target: float | None = None
-    """Adapt kl_coef to hold this KL per answer, in nats."""
+    """Target KL per answer, in nats; --kl-coef is adapted to reach it. Without it, --kl-coef stays constant."""
     kl_horizon: int = 10_000
-    """Samples over which the adaptive kl_coef may change by a factor of e^0.2."""
+    """Number of answers over which an adaptive --kl-coef changes by at most a factor of e^0.2."""
     gamma: float = 1.0
-    """Discount."""
+    """Discount factor of rewards, per token."""
     lam: float = 0.95
-    """Of generalised advantage estimation."""
+    """Lambda of generalised advantage estimation."""
     cliprange: float = 0.2
-    """Of the ratio."""
+    """PPO clip range of the probability ratio."""
     cliprange_high: float | None = None
-    """Upper clip range where it differs (clip-higher: 0.28)."""
+    """Upper clip range of the probability ratio, if it differs from --cliprange (clip-higher: 0.28)."""
     cliprange_value: float = 0.2
-    """Of the value head."""
+    """Clip range of the value predictions."""
     vf_coef: float = 0.1
-    """c1, the weight of the value loss."""
+    """Weight of the value loss (c1 in the paper)."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus."""
+    """Weight of an entropy bonus in the loss."""
     target_kl: float | None = None
-    """End a rollout's updates early once the policy moved by this KL per token."""
+    """End the updates of a step early once the policy moved by this KL per token."""
     whiten_rewards: bool = False
-    """Divide rewards by their deviation."""
+    """Divide the rewards of a batch by their standard deviation."""
     reward_clip: float | None = None
-    """Clip scores to plus or minus this."""
+    """Clip scores to the range from minus this value to this value."""
     missing_eos_penalty: float | None = None
-    """Take this off the score of an answer that did not end."""
+    """Subtracted from the score of an answer cut at --max-new-tokens."""
     group_size: int = 4
-    """Answers per request in GRPO."""
+    """Answers per prompt in GRPO."""
     dpo_beta: float = 0.1
-    """Beta of DPO."""
+    """Beta of the DPO loss."""
     probe: int = 16
-    """Requests answered before and after every update of L-PPO to measure the return; 0 for none."""
+    """Number of fixed harmful prompts that L-PPO answers before and after the updates of each step, to measure the
+    return; 0 for none."""
     best_of: int = 8
-    """Answers per request for the regret against best-of-n, at the end of L-PPO and GRPO; 0 for none."""
+    """Answers per prompt in the estimate of the regret against best-of-n at the end of L-PPO and GRPO; 0 for none."""
     eval_every: int = 0
-    """Steps between two small audits of the trained exits, none after the last step; --schedule worst takes 10 where
-    this is 0."""
+    """Steps between two small audits of the trained exits; there is none after the last step. 0 for none, but 10 with
+    --schedule worst."""
     eval_prompts: int = 24
-    """Harmful training prompts in such an audit; none with --validation."""
+    """Number of harmful training prompts in a small audit; with --validation, those prompts are used instead."""
     validation: int = 0
-    """Harmful prompts, and as many harmless ones, kept out of training for the small audits to ask."""
+    """Number of harmful prompts, and of harmless ones, that are kept out of training and used in the small audits."""
     samples_every: int = 5
     """Steps between two batches of answers written to answers.jsonl."""
     checkpoint_every: int = 5
-    """Steps between two checkpoints."""
+    """Steps between two checkpoints; the newest two are kept."""
     features: Path | None = None
-    """Folder of image features, shared by runs; without it, in the run directory."""
+    """Folder for the image features, which several runs can share; without it, they are in the run directory."""
     seed: int = 0
-    """Of everything drawn."""
+    """Seed of the data order, of the assignment to exits, of sampling and of the initial weights."""
     dtype: str = "auto"
-    """float32, bfloat16, float16; auto is float32 on a CPU and the checkpoint's own elsewhere."""
+    """Precision of the model: float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's elsewhere."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU where there is one."""
+    """cpu, cuda, cuda:1 ...; auto is the first GPU if there is one."""
     tracker: str | None = None
-    """A tracker that accelerate knows (tensorboard, wandb, mlflow ...), beside metrics.jsonl."""
+    """Experiment tracker that accelerate supports (tensorboard, wandb, mlflow ...), in addition to metrics.jsonl."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 
@@ -160,40 +165,40 @@ class AlignConfig:
         if self.dtype not in dtypes:
             raise UserError(f"--dtype got {self.dtype!r}; expected one of: {', '.join(dtypes)}")
         if not all(0 <= share <= 1 for share in self.anchor):
-            raise UserError(f"--anchor got {self.anchor}; expected two shares from 0 to 1")
+            raise UserError(f"--anchor got {self.anchor}; expected two shares between 0 and 1")
         if min(self.mix) < 0 or not abs(sum(self.mix) - 1) <= 1e-6:
             raise UserError(f"--mix got {self.mix}; expected three shares that add up to 1")
-        if not self.mix[0] and self._asks_harmful():
+        if not self.mix[0] and self._measures_harmful():
             raise UserError(
-                f"--mix got {self.mix}, no share of harmful prompts, which --probe, --best-of, --eval-every and "
-                "--schedule worst ask; give --probe 0 --best-of 0 and neither of the others, or a share"
+                f"--mix got {self.mix}, without harmful prompts, which --probe, --best-of, --eval-every and --schedule "
+                "worst need; give a share of harmful prompts, or --probe 0 --best-of 0 and neither of the others"
             )
         pieces = self.num_mini_batches * self.gradient_accumulation_steps
         if self.batch_size % pieces:
             raise UserError(
-                f"--batch-size {self.batch_size} cannot be cut into {self.num_mini_batches} mini-batches of "
-                f"{self.gradient_accumulation_steps} pieces; give a multiple of {pieces}"
+                f"--batch-size {self.batch_size} cannot be divided into {self.num_mini_batches} mini-batches of "
+                f"{self.gradient_accumulation_steps} micro-batches; give a multiple of {pieces}"
             )
         if self.kl_target is not None and self.kl_horizon < self.batch_size:
             raise UserError(
-                f"--kl-horizon {self.kl_horizon} is less than --batch-size {self.batch_size}; give at least that, or "
-                "one batch could turn the weight of the KL around"
+                f"--kl-horizon {self.kl_horizon} is less than --batch-size {self.batch_size}; give at least that, so "
+                "that one batch changes --kl-coef by at most 20 %"
             )
         if self.kl_target is not None and not self.kl_coef:
-            raise UserError("--kl-target multiplies --kl-coef, and 0 stays 0; give --kl-coef to begin with")
+            raise UserError("--kl-target multiplies --kl-coef, which is 0 and would stay 0; give a positive --kl-coef")
         if self.reward_template is not None and self.reward in ("builtin", "matcher"):
             raise UserError(
                 f"--reward-template is for published reward models, not for --reward {self.reward}; leave it out"
             )
         if self.method == "grpo" and self.batch_size % self.group_size:
-            raise UserError(f"--batch-size {self.batch_size} is no multiple of --group-size {self.group_size}")
+            raise UserError(f"--batch-size {self.batch_size} is not a multiple of --group-size {self.group_size}")
         if self.validation and not 0 < self.audited_every() < self.steps:
             raise UserError("--validation keeps prompts for the small audits; give --eval-every too, less than --steps")
         if self.audit is not None and self.schedule != "worst":
-            raise UserError("--audit gives the first weights of --schedule worst; give both or neither")
+            raise UserError("--audit sets the first weights of --schedule worst; give both or neither")
 
-    def _asks_harmful(self) -> bool:
-        """Whether something beside the batches asks harmful prompts."""
+    def _measures_harmful(self) -> bool:
+        """Whether a measurement besides the batches uses harmful prompts."""
         probed = self.probe and self.method == "l-ppo"
         drawn = self.best_of and self.method in ("l-ppo", "grpo")
         return bool(probed or drawn or self.audited_every())

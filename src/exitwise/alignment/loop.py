@@ -13,12 +13,18 @@ Several processes (`accelerate launch`) answer a share of the batch each, exchan
 every mini-batch, so that the update equals that of one process.
 """
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from os import PathLike
 from pathlib import Path
 
+from ..data.options import make_config, to_json
+from ..errors import UserError
+from ..model.vlm import Vlm
 from ..run import directory
 from ..run.progress import Progress, Silent
 from . import batches, checkpoints, signatures
+from .adapter import Adapter
 from .config import AlignConfig
 from .monitor import estimate_regret
 from .records import Metrics, StepRecord
@@ -27,27 +33,69 @@ from .state import Bench, State
 from .steps import train_step
 
 
-def align(config: AlignConfig, out: Path, progress: Progress | None = None) -> Path:
-    """Runs or resumes an alignment in `out`; returns the folder of the adapter, plain PEFT.
+def align(
+    model: str | PathLike[str] | Vlm | AlignConfig,
+    *,
+    out: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: object,
+) -> Adapter:
+    """Aligns a model at some of its exits, or resumes an alignment that was stopped.
+
+        tuned = align("testbed", exits="8", steps=2, out="runs/aligned")
+
+    Args:
+        model: "testbed", a folder or a hub id; or a loaded `Vlm`, which is not loaded again and stays as it is: the
+            adapter is trained on a model that shares its weights in memory and has no encoder; or an `AlignConfig`.
+        out: the run directory; without it, runs/<name of the model>-<method>.
+        progress: receives messages and the number of steps done.
+        options: those of `exitwise align`, with underscores: the fields of `AlignConfig` and of `DataConfig`. They
+            replace those of an `AlignConfig` given as `model`.
 
     Raises:
-        UserError: bad input, `out` belongs to another config, or a score, loss or gradient is not finite.
+        UserError: an unknown option or bad input, `out` belongs to another config, or a score or a gradient is not
+            finite.
     """
-    from accelerate import Accelerator
-
+    config = _config(model, options)
     config.check()
     check_tracker(config.tracker)
+    folder = Path(out) if out is not None else Path("runs", f"{Path(config.model).resolve().name}-{config.method}")
+    _run(config, folder, progress or Silent(), model if isinstance(model, Vlm) else None)
+    return Adapter(folder)
+
+
+def _config(model: str | PathLike[str] | Vlm | AlignConfig, options: Mapping[str, object]) -> AlignConfig:
+    """The config of what `align` was given."""
+    if isinstance(model, AlignConfig):
+        return make_config(AlignConfig, to_json(model) | dict(options)) if options else model
+    if isinstance(model, Vlm):
+        late = [name for name in ("dtype", "device", "trust_remote_code") if name in options]
+        if late:
+            raise UserError(f"align got a loaded model and {', '.join(late)}; give that to load_vlm")
+        model = model.name
+    return AlignConfig.of(model, **options)
+
+
+def _run(config: AlignConfig, out: Path, progress: Progress, vlm: Vlm | None) -> None:
+    """Runs or resumes an alignment in `out`, in as many processes as accelerate has."""
+    from accelerate import Accelerator
+
     pools = batches.load_pools(config)
-    accelerator = Accelerator(cpu=config.device == "cpu", log_with=config.tracker, project_dir=str(out))
+    accelerator = Accelerator(
+        cpu=config.device == "cpu" if vlm is None else vlm.device.type == "cpu",
+        device_placement=vlm is None,  # a given model stays where it is
+        log_with=config.tracker,
+        project_dir=str(out),
+    )
     main = accelerator.is_main_process
-    progress = progress if progress and main else Silent()
+    progress = progress if main else Silent()
     check_share(config, accelerator.num_processes)
     with directory.open_run(out, config_json(config, pools)) if main else nullcontext():
         accelerator.wait_for_everyone()
         if (out / "adapter/exitwise.json").exists():
             progress.say(f"{out} is finished")
-            return out / "adapter"
-        bench = prepare(config, out, pools, accelerator, progress)
+            return
+        bench = prepare(config, out, pools, accelerator, progress, vlm)
         state, history = checkpoints.resume(bench, out, first_state(config, bench.exits))
         if config.tracker:
             accelerator.init_trackers("exitwise", config=for_tracker(config, pools))
@@ -59,7 +107,6 @@ def align(config: AlignConfig, out: Path, progress: Progress | None = None) -> P
         checkpoints.save_adapter(bench, out)
         accelerator.wait_for_everyone()
         accelerator.end_training()  # ends the process group too
-    return out / "adapter"
 
 
 def train(bench: Bench, state: State, history: list[StepRecord], out: Path, progress: Progress) -> None:

@@ -32,9 +32,17 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    config: AlignConfig, out: Path, pools: batches.Pools, accelerator: "Accelerator", progress: Progress
+    config: AlignConfig,
+    out: Path,
+    pools: batches.Pools,
+    accelerator: "Accelerator",
+    progress: Progress,
+    loaded: Vlm | None = None,
 ) -> Bench:
     """Loads the model, encodes the training images once, and builds policy, reward and optimizer.
+
+    Args:
+        loaded: the model of the config, where it is in memory already.
 
     Raises:
         UserError: an exit does not exist, a prompt exceeds the context, the reward does not fit, or the model differs
@@ -47,7 +55,7 @@ def prepare(
     if plan and torch.get_num_threads() != plan["threads"]:
         torch.set_num_threads(plan["threads"])  # the order of a float32 sum depends on it
     with clock.phase("load"):
-        vlm = _load(config, accelerator, progress)
+        vlm = loaded or _load(config, accelerator, progress)
     pools = batches.askable(pools, vlm.control_token)
     for line in pools.skipped:
         progress.say(f"skipped {line}")

@@ -75,12 +75,10 @@ class Align:
     def run(self) -> None:
         from ..alignment.loop import align
 
-        name = f"{Path(self.config.model).resolve().name}-{self.config.method}"
-        out = self.out or Path("runs") / name
         with Bar() as bar:
-            adapter = align(self.config, out, bar)
-        print(f"adapter: {adapter}")
-        print(f"audit it: exitwise audit {self.config.model} --adapter {out}")
+            adapter = align(self.config, out=self.out, progress=bar)
+        print(f"adapter: {adapter.folder}")
+        print(f"audit it: exitwise audit {self.config.model} --adapter {adapter.path}")
 
 
 @dataclass(frozen=True)
