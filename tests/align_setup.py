@@ -80,7 +80,7 @@ class NanElsewhere(VowelReward):
 
 def align_with_nan(model: Path, material: Path, out: Path) -> None:
     """What this process said when another one had to stop, as OUT/said.RANK."""
-    exitwise.alignment.setup.load_scores = lambda *_: NanElsewhere()
+    exitwise.alignment.setup.load_scores = lambda *_: NanElsewhere()  # type: ignore[assignment]
     try:
         align(config_of(model, material), out=out / "nan")
     except UserError as error:
@@ -90,7 +90,7 @@ def align_with_nan(model: Path, material: Path, out: Path) -> None:
 if __name__ == "__main__":
     places, ports = [Path(word) for word in sys.argv[1:4]], sys.argv[4:]
     meet = lambda: os.environ.__setitem__("MASTER_PORT", ports.pop())  # a port that was met at may not be free yet
-    exitwise.alignment.setup.load_scores = lambda *_: VowelReward()
-    align_all(*places, meet)
+    exitwise.alignment.setup.load_scores = lambda *_: VowelReward()  # type: ignore[assignment]
+    align_all(*places, meet)  # type: ignore[call-arg]
     meet()
     align_with_nan(*places)

@@ -218,7 +218,7 @@ def idefics3() -> Vlm:
     processor = hf.Idefics3Processor(
         image_processor=image, tokenizer=words, image_seq_len=4, chat_template=template("<image>")
     )
-    config = hf.Idefics3Config(
+    config = hf.Idefics3Config(  # type: ignore[call-arg]
         vision_config=hf.Idefics3VisionConfig(**VIT).to_dict(), text_config=text(hf.LlamaConfig, len(words)),
         scale_factor=2, image_token_id=words.image_token_id, pad_token_id=0,
     )  # fmt: skip
@@ -234,7 +234,7 @@ def smolvlm() -> Vlm:
     processor = without_video(
         hf.SmolVLMProcessor, image_processor=image, tokenizer=words, image_seq_len=4, chat_template=template("<image>")
     )
-    config = hf.SmolVLMConfig(
+    config = hf.SmolVLMConfig(  # type: ignore[call-arg]
         vision_config=hf.SmolVLMVisionConfig(**VIT).to_dict(), text_config=text(hf.LlamaConfig, len(words)),
         scale_factor=2, image_token_id=words.image_token_id, pad_token_id=0,
     )  # fmt: skip
@@ -323,7 +323,7 @@ def qwen_parts(cls: Any) -> tuple[Any, Any, dict[str, int]]:
             "vision_end": "<|vision_end|>",
         }.items()
     }
-    return words, processor, ids
+    return words, processor, ids  # type: ignore[return-value]
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}

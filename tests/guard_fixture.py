@@ -179,7 +179,7 @@ def script(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, shape: Sh
     """
 
     def token(piece: str) -> int:
-        return tokenizer.convert_tokens_to_ids(piece if piece in SPECIALS else BYTES.pre_tokenize_str(piece)[0][0])
+        return tokenizer.convert_tokens_to_ids(piece if piece in SPECIALS else BYTES.pre_tokenize_str(piece)[0][0])  # type: ignore[return-value]
 
     flag, size = WIDTH - 1, len(tokenizer)
     for name, parameter in model.named_parameters():

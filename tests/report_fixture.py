@@ -132,7 +132,7 @@ def costs() -> dict[str, Any]:
         sizes = {"encoder": 250_000 + 1_775_000 * exit, "projector": 554_880, "language_model": 134_515_584}
         flops = {"encoder": 40_000_000 + 130_000_000 * exit, "projector": 39_813_120, "prefill": 11_500_000_000}
         seconds = {"encoder": 0.0004 + 0.0005 * exit, "projector": 0.0003, "prefill": 0.061}
-        sizes, flops, seconds = (part | {"total": sum(part.values())} for part in (sizes, flops, seconds))
+        sizes, flops, seconds = ({**part} | {"total": sum(part.values())} for part in (sizes, flops, seconds))  # type: ignore[assignment]
         quartiles = {part: {"low": 0.95 * s, "median": s, "high": 1.1 * s} for part, s in seconds.items()}
         row = {"exit": exit, "parameters": sizes, "bytes": {part: 4 * n for part, n in sizes.items()}}
         rows.append(row | {"flops": flops, "seconds": quartiles})

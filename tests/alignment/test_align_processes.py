@@ -70,8 +70,8 @@ def test_two_processes_make_the_update_of_one(runs, method):
         assert one.keys() == two.keys()
         for key, value in one.items():
             assert torch.allclose(value, two[key], rtol=1e-4, atol=3e-6), (name, key)  # 0.3 % of a step
-    first, last = (load_file(runs[2] / method / f"checkpoints/step-00000{n}/trainable.safetensors") for n in (1, steps))
-    moved = [float((first[key] - last[key]).abs().max()) for key in first]
+    early, late = (load_file(runs[2] / method / f"checkpoints/step-00000{n}/trainable.safetensors") for n in (1, steps))
+    moved = [float((early[key] - late[key]).abs().max()) for key in early]
     assert max(moved) > 1e-4  # or agreeing would be no news
 
 

@@ -244,7 +244,7 @@ def test_losses_against_loops(lengths, seed, extra, low, more):
     kls = [r - 1 - math.log(r) for r in ratios]
     tvs = [abs(r - 1) / 2 for r in ratios]
     gain = sum((r - 1) * a for r, a in zip(ratios, flat(lists[2]), strict=True)) / n
-    wanted = (gain, sum(kls) / n, max(kls), sum(tvs) / n, max(tvs))
+    wanted = (gain, sum(kls) / n, max(kls), sum(tvs) / n, max(tvs))  # type: ignore[assignment]
     assert moved == pytest.approx(wanted, rel=1e-6, abs=1e-9)  # the loops' logarithm of a ratio near 1 is the rough one
 
 
@@ -264,6 +264,6 @@ def test_group_advantages_and_dpo_against_loops(groups, size, seed, beta):
     assert found.view(-1, size).sum(dim=1).abs().max().item() < 1e-9
 
     a, b, c, d = rng.normal(0, 5, (4, groups))
-    found = ppo.dpo_loss(*map(torch.tensor, (a, b, c, d)), beta)
+    found = ppo.dpo_loss(*map(torch.tensor, (a, b, c, d)), beta)  # type: ignore[call-arg]
     wanted = [-math.log(1 / (1 + math.exp(-beta * ((a[i] - b[i]) - (c[i] - d[i]))))) for i in range(groups)]
     assert found.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-12)

@@ -168,7 +168,7 @@ def test_a_broken_run_file_is_one_line(finished, tiny_folder, tmp_path, name, co
         try:
             entry(words)  # what does not need the file may go on
         except SystemExit as stop:
-            code = stop.code
+            code = int(stop.code or 0)
         error = capsys.readouterr().err.strip()
         assert code == 0 or (code == 2 and "\n" not in error), error
 

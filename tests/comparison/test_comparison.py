@@ -575,7 +575,7 @@ def test_example_of_each_kind_of_change(tmp_path):
         for n, h, b, v in (("a", "aar", "aaa", "ccw"), ("b", "rra", "ara", "cwc"))
     ]
     pair = read_pair(*runs)
-    shown = page.examples(pair, compare_runs(*runs, tmp_path))
+    shown = page.examples(pair, compare_runs(*runs, tmp_path))  # type: ignore[call-arg]
     assert [(e.id, e.label_before, e.label_after) for e in shown] == [
         ("harmful-2", "refused", "answered"),
         ("benign-1", "answered", "refused"),

@@ -42,7 +42,9 @@ def packed(path: Path, rows: list[dict]) -> Path:
 
 
 def colour_of(dataset, sample: Sample) -> tuple[int, ...]:
-    return load_image(sample.image, dataset.roots).getpixel((0, 0))
+    found = load_image(sample.image, dataset.roots).getpixel((0, 0))
+    assert isinstance(found, tuple)
+    return found
 
 
 def vqa_files(folder: Path, questions: list[dict], annotations: list[dict]) -> None:

@@ -99,7 +99,7 @@ def test_a_bad_row_of_a_set_is_named(tmp_path, cell, reason):
     found = load_benchmark("redteam2k", path)
     assert len(found.samples) == 1
     assert found.skipped == [f"RedTeam_2K.csv, line 3: {reason}"]
-    assert sum(found.source["skipped"].values()) == 1
+    assert sum(found.source["skipped"].values()) == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", [n for n, b in BENCHMARKS.items() if b.columns and n != "mm-safetybench"])

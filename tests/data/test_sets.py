@@ -35,7 +35,7 @@ def test_real_files(shared_data, name, split, file, n, whole_folder):
     assert (len(found.samples), found.skipped) == (n, [])
     assert len({s.id for s in found.samples}) == n
     assert {s.kind for s in found.samples} == {BENCHMARKS[name].kind}
-    assert found.source["files"].keys() == {file}
+    assert found.source["files"].keys() == {file}  # type: ignore[attr-defined]
     assert re.fullmatch("[0-9a-f]{64}", found.source["files"][file])
     assert found.source["licence"] in ("MIT", "CC-BY-4.0")
 

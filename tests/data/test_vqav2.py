@@ -50,7 +50,7 @@ def test_vqav2_of_its_own_files(tmp_path):
         "item 7: the question_id is not a number",
         "item 8: not a JSON object",
     ]
-    assert found.source["files"].keys() == {
+    assert found.source["files"].keys() == {  # type: ignore[attr-defined]
         "v2_OpenEnded_mscoco_val2014_questions.json",
         "v2_mscoco_val2014_annotations.json",
     }

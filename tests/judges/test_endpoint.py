@@ -5,6 +5,7 @@ import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -47,6 +48,8 @@ class Server(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    server: Any
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
@@ -261,7 +264,7 @@ def test_lone_surrogates_can_be_written(server, tmp_path):
 
 def test_shares_from_the_likeliest_tokens():
     reply = EndpointReply("unsafe", (("uns", {"uns": -0.5, "safe": -1.0, " S": -3.0, "x": -2.0}), ("afe", {})))
-    p, raw = shares(reply, 0, ("unsafe", "safe"))
+    p, raw = shares(reply, 0, ("unsafe", "safe"))  # type: ignore[misc]
     from math import exp
 
     assert raw == pytest.approx(exp(-0.5), rel=1e-5)

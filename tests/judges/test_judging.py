@@ -77,7 +77,7 @@ def test_equal_questions_are_asked_once(checkpoints, tmp_path, monkeypatch):
     row = (run / "completions.jsonl").read_text().splitlines()[0]
     (run / "completions.jsonl").write_text("".join(row.replace('"exit": 0', f'"exit": {i}') + "\n" for i in range(30)))
     asked, reply = [], LocalModel.reply
-    monkeypatch.setattr(LocalModel, "reply", lambda self, texts, *a: asked.extend(texts) or reply(self, texts, *a))
+    monkeypatch.setattr(LocalModel, "reply", lambda self, texts, *a: (asked.extend(texts), reply(self, texts, *a))[1])  # type: ignore[func-returns-value]
     verdicts = judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=1))
     assert len(asked) == 1
     assert len({v.p_unsafe for v in verdicts}) == 1

@@ -140,7 +140,7 @@ def test_corrected_share_of_a_perfect_judge_is_the_share():
 
 def test_corrected_share_carries_all_three_uncertainties():
     def width(*counts):
-        _, low, high, _ = corrected_share(*counts, rng())
+        _, low, high, _ = corrected_share(*counts, rng())  # type: ignore[call-arg]
         return high - low
 
     large = width((300, 1000), (9000, 10000), (8000, 10000))

@@ -231,13 +231,13 @@ def test_what_cross_attention_keeps_of_an_image_is_counted(images, monkeypatch):
     inputs = whole.batch_inputs(vlm, row, lambda name, exit: exit_features(vlm, images[name], [exit])[exit])
     states = inputs["cross_attention_states"]
     cache = vlm.model(**inputs, use_cache=True).past_key_values
-    read = [layer for layer in cache.layers if layer.keys.shape[2] == states.shape[1]]
+    read = [layer for layer in cache.layers if layer.keys.shape[2] == states.shape[1]]  # type: ignore[attr-defined]
     assert len(read) == 1
-    held = sum(tensor.nbytes for tensor in (states, read[0].keys, read[0].values)) // states.shape[1]  # a patch
+    held = sum(tensor.nbytes for tensor in (states, read[0].keys, read[0].values)) // states.shape[1]  # type: ignore[attr-defined]  # a patch
     vision = vlm.model.config.vision_config
     vision.image_size = 40 * vision.patch_size
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=free))
-    n_rows, _ = memory_limits(vlm, inputs["input_ids"].shape[1])
+    n_rows, _ = memory_limits(vlm, inputs["input_ids"].shape[1])  # type: ignore[attr-defined]
     assert 1 < n_rows <= free / 4 / (6404 * held)
 
 
@@ -273,8 +273,8 @@ def test_the_policy_s_log_probabilities_are_those_of_generate(name, images):
             found = vlm.model.generate(
                 **inputs, max_new_tokens=6, do_sample=False, output_logits=True, return_dict_in_generate=True
             )
-        said.append(found.sequences[0, inputs["input_ids"].shape[1] :])
-        logits = torch.stack(found.logits)[:, 0].float()
+        said.append(found.sequences[0, inputs["input_ids"].shape[1] :])  # type: ignore[attr-defined]
+        logits = torch.stack(found.logits)[:, 0].float()  # type: ignore[attr-defined]
         wanted.append(torch.log_softmax(logits, dim=-1).gather(1, said[-1][:, None])[:, 0])
     longest = max(map(len, said))
     responses = torch.stack([torch.nn.functional.pad(ids, (0, longest - len(ids))) for ids in said])

@@ -16,7 +16,7 @@ def classifier(folder, labels=1, name="gpt2-large-harmless-reward_model"):
 
     torch.manual_seed(0)
     tokenizer = tiny_processor().tokenizer
-    config = GPT2Config(
+    config = GPT2Config(  # type: ignore[call-arg]
         vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=128, num_labels=labels, pad_token_id=2
     )
     model = GPT2ForSequenceClassification(config)

@@ -53,9 +53,9 @@ def test_what_is_no_exit():
     for wrong in ("", "3+", "late", "-1", 1.5, True, None):
         with pytest.raises(ValueError, match="no exit"):
             Exit.of(wrong)
-    for wrong in ([], [-1]):
+    for layers in ([], [-1]):
         with pytest.raises(ValueError, match="layers"):
-            Exit(wrong)
+            Exit(layers)
     with pytest.raises(TypeError, match="set of layers"):
         range(Exit([1, 2]))
     with pytest.raises(AttributeError, match="cannot be changed"):

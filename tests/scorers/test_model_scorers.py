@@ -32,7 +32,7 @@ def save_hap(folder: Path, seed=0, labels=2) -> Path:
 
     torch.manual_seed(seed)
     tokenizer = text_tokenizer()
-    config = RobertaConfig(
+    config = RobertaConfig(  # type: ignore[call-arg]
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=40, num_labels=labels, pad_token_id=tokenizer.pad_token_id, initializer_range=1.0,
     )  # fmt: skip
@@ -93,7 +93,7 @@ class TinyReward:
 
         torch.manual_seed(0)
         self.tokenizer = text_tokenizer()
-        config = GPT2Config(
+        config = GPT2Config(  # type: ignore[call-arg]
             vocab_size=len(self.tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=128, num_labels=1,
             pad_token_id=self.tokenizer.pad_token_id, initializer_range=1.0,
         )  # fmt: skip
@@ -165,7 +165,7 @@ def test_detoxify_through_the_real_package(tmp_path, run):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(p + chr(c) for c in range(33, 127) for p in ("", "##"))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
-    config = BertConfig(
+    config = BertConfig(  # type: ignore[call-arg]
         vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         num_labels=2, initializer_range=1.0,
     )  # fmt: skip

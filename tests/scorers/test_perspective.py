@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def service(monkeypatch):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.script, server.delay = [], [], 0.0
     server.then = lambda text: reply(len(text) / 1000)
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -107,7 +108,7 @@ def test_what_perspective_is_asked(service, run):
 def test_one_query_a_second(service):
     scorer, fake = perspective(service, queries_per_second=1.0)
     asked = []
-    service.then = lambda text: (asked.append(fake.now), reply())[1]
+    service.then = lambda text: (asked.append(fake.now), reply())[1]  # type: ignore[func-returns-value]
     for i in range(4):
         scorer.score([pair(f"text {i}")])
         fake.now += 0.3  # what we do in between counts

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -185,7 +186,8 @@ def test_every_family_is_what_it_was_at_the_exit(family, tmp_path, pictures):
     for exit in (1, 3, 4):
         folder = tmp_path / str(exit)
         save_model(vlm, exit, folder)
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+        model, info = loaded
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert len(find_blocks(model)) == exit
