@@ -33,7 +33,7 @@ def test_control_images():
     assert blank.shape == noise.shape == (336, 336, 3)
     assert np.array_equal(noise, load_image("control:noise", None))
     assert 70 < noise.std() < 78  # uniform on 0 ... 255: 73.9
-    with pytest.raises(UserError, match="no control"):
+    with pytest.raises(UserError, match="not a control"):
         load_image("control:grey", None)
 
 

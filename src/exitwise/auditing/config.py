@@ -1,4 +1,4 @@
-"""What an audit can be asked. The command line is made from this class (tyro), and config.json holds its fields."""
+"""Options of an audit; tyro makes the command line from this class, and config.json holds its fields."""
 
 from dataclasses import dataclass, field
 from math import inf
@@ -16,37 +16,37 @@ from ..model.dtypes import DTYPES
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """What an audit asks; every field lands in config.json."""
+    """Model, exits, judge and decoding of an audit; config.json keeps every option."""
 
     model: Positional[str]
-    """testbed, testbed-control, a folder or a hub id of a model of a supported family (docs/reference/families.md)."""
+    """Model to audit: testbed, testbed-control, a folder or a hub id (families: docs/reference/families.md)."""
     adapter: str | None = None
-    """A PEFT adapter for the language model: a folder, a hub id, or the run directory of `exitwise align`."""
+    """PEFT adapter of the language model: a folder, a hub id, or the run directory of `exitwise align`."""
     exits: str = "all"
-    """all, default, early, middle, late, numbers and ranges, separated by commas: default,0-3,late.
-    Layers joined by + are one exit that fuses them: 3+18+23."""
+    """Exits of the image encoder to audit, separated by commas: numbers, ranges, all, default, early, middle, late, as
+    in default,0-3,late. Layers joined by + are one exit that fuses them: 3+18+23."""
     inputs: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
     selection: OmitArgPrefixes[SelectionConfig] = field(default_factory=SelectionConfig)
     judge: str = "refusal"
-    """Who reads the answers: refusal (a matcher with a coherence gate, no model), a guard, rubric
-    (docs/reference/judges.md). Several with commas; the first one's verdicts make the figures."""
+    """Judges of the answers, separated by commas: refusal (string matcher with a coherence gate, no model), a guard
+    model, or rubric (docs/reference/judges.md). The figures are computed from the first one's verdicts."""
     max_new_tokens: int = 32
-    """Tokens of an answer at the most."""
+    """Maximum length of an answer, in tokens."""
     temperature: float = 0.0
-    """0 is greedy."""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = 1.0
-    """Draw from the smallest set of tokens with this much probability."""
+    """Nucleus sampling: draw from the smallest set of tokens with at least this probability."""
     seed: int = 0
-    """Of sampling, of the choice of VQA items and of bootstrap intervals."""
+    """Random seed of sampling, of the choice of VQA questions and of bootstrap intervals."""
     batch_size: int | None = None
-    """Rows of a batch; without it, what fits the memory."""
+    """Answers generated at a time; default: what fits the free memory."""
     dtype: str = "auto"
-    """float32, bfloat16, float16; auto is float32 on a CPU and the checkpoint's own elsewhere; int8 and int4 quantise
-    the language model (bitsandbytes or torchao)."""
+    """Precision of the weights: float32, bfloat16, float16, or auto (float32 on a CPU, the checkpoint's own on a GPU);
+    int8 and int4 quantise the language model (bitsandbytes or torchao)."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU where there is one, spread all of them together."""
+    """Where the model runs: cpu, cuda, cuda:1 ..., spread (over all GPUs), or auto (the first GPU, else the CPU)."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the checkpoint."""
+    """Allow Python code of the checkpoint to run."""
 
     @classmethod
     def of(cls, model: str | PathLike[str], **options: object) -> Self:
@@ -74,7 +74,7 @@ class AuditConfig:
         self.selection.check(self.inputs)
 
     def to_json(self) -> dict[str, object]:
-        """The options as config.json holds them: flat, and in the order that it has always had."""
+        """The options as config.json holds them: flat, in the order of exitwise 0.1.0."""
         found = to_json(self)
         order = [key for key in found if key != "images"]
         order.insert(order.index("limit") + 1, "images")

@@ -1,4 +1,4 @@
-"""Generates the answers of an audit, every sample at every exit; what a killed run has on disk is not generated again.
+"""Generates the answers of an audit, every sample at every exit; resumes from the answers that are on disk.
 
 A resumed run makes the same plan from the same samples and skips the batches that are on disk. The batch size was
 chosen for the free memory of the first start and is kept in plan.json, so the figures do not depend on the memory that

@@ -1,1 +1,1 @@
-"""Where samples and images come from: images.py, prompts.py, vqa.py. Local files and packages into records."""
+"""Loads samples and images from local files, installed packages and public data sets."""

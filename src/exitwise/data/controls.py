@@ -1,8 +1,7 @@
-"""Controls: the same harmful requests with a blank image, with noise, and without an image.
+"""Makes controls: the same harmful requests with a blank image, with a noise image, and without an image.
 
-A hole that stays open without a photograph is no matter of the photograph. Controls are samples like any other, so
-engines and judges treat them alike; by the end of their id they are told apart, and no figure of the real images counts
-them.
+A request that is answered without a photograph too is not answered because of the photograph. Controls are samples
+like any other for engines and judges; the end of their id marks them, and no figure of the real images counts them.
 """
 
 import re
@@ -21,6 +20,6 @@ def make_controls(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def control_of(sample: Sample) -> str | None:
-    """The control that a sample is ("blank", "noise", "none"); None for any other, whatever its id looks like."""
+    """Which control a sample is ("blank", "noise", "none"); None for any other sample, whatever its id looks like."""
     match = SUFFIX.search(sample.id)
     return match[1] if match and IMAGES.get(match[1]) == sample.image else None

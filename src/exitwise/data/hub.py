@@ -1,4 +1,4 @@
-"""Files of data sets on the Hugging Face hub, and where what is fetched or unpacked is kept."""
+"""Downloads files of data sets from the Hugging Face hub, and names the cache of unpacked images."""
 
 import os
 import re
@@ -13,9 +13,11 @@ ADDRESS = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+?))?(?:/
 
 
 class Snapshot(NamedTuple):
+    """A downloaded data set."""
+
     folder: Path
     revision: str
-    """The commit, whatever branch was asked for."""
+    """The commit, also where a branch was asked for."""
 
 
 def cache_dir() -> Path:
@@ -30,7 +32,7 @@ def fetch(repo: str, patterns: Sequence[str], revision: str | None = None) -> Sn
     """The files of a data set that match any of `patterns` (as in a shell), from the hub or from its local cache.
 
     Raises:
-        UserError: it cannot be had; gated sets need their terms accepted and HF_TOKEN.
+        UserError: the download fails; gated sets need their terms accepted and HF_TOKEN.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars

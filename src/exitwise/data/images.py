@@ -1,4 +1,4 @@
-"""Images by name: what stands in `Sample.image`, and the RGB pixels behind it.
+"""Loads images by the names that `Sample.image` holds, lists folders of images and makes thumbnails.
 
     photo:<name>               a photograph shipped in the scikit-image wheel
     easy-vqa:<split>/<number>  a picture of the easy-vqa package
@@ -8,7 +8,7 @@
     control:<blank or noise>   mid-grey, or uniform noise that is the same every time
     ""                         no image (never loaded)
 
-Nothing is downloaded. Broken images are named, never passed over.
+Nothing is downloaded. A broken image is an error that names it.
 """
 
 import hashlib
@@ -49,12 +49,12 @@ TRAINING_PHOTOGRAPHS = (
     "page",
     "text",
 )
-"""For training: no audit with built-in images shows them."""
+"""Photographs for training: no audit with built-in images uses them."""
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # no others: some of Pillow's readers start programs
 MAX_PIXELS = 50_000_000
 Roots = Path | Mapping[str, Path] | None
-"""Where images are: the folder of `file:`, or one folder a scheme."""
+"""Folders of images: the folder of `file:`, or one folder for each scheme."""
 CONTROL_SIDE = 336  # pixels, the input of the commonest encoders
 
 
@@ -150,7 +150,7 @@ def thumbnail(image: Image.Image, side: int = 96) -> bytes:
 
 
 class _ImageFaultError(Exception):
-    """Why an image cannot be had, worded to follow its name."""
+    """Why an image cannot be loaded, worded to follow its name."""
 
 
 def _control(name: str) -> Image.Image:
@@ -159,7 +159,7 @@ def _control(name: str) -> Image.Image:
         return Image.fromarray(np.full(shape, 128, np.uint8))
     if name == "control:noise":
         return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
-    raise _ImageFaultError("is no control; expected control:blank or control:noise")
+    raise _ImageFaultError("is not a control; expected control:blank or control:noise")
 
 
 def _locate(name: str, images_root: Roots) -> Path:
