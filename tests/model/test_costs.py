@@ -36,7 +36,7 @@ def test_flops_by_hand(tiny):
     layer += 2 * product(n, TEXT_WIDTH, n) + 3 * product(n, TEXT_WIDTH, TEXT_MLP)
     prefill = TEXT_LAYERS * layer + product(1, TEXT_WIDTH, len(tiny.tokenizer))
     for row in costs["exits"]:
-        encoder = patches + row["exit"] * block
+        encoder = patches + int(row["exit"]) * block
         expected = {"encoder": encoder, "projector": projector, "prefill": prefill}
         assert row["flops"] == expected | {"total": sum(expected.values())}
 

@@ -7,10 +7,8 @@ padding changes nothing            a long neighbour does not reach a short row's
 LoRA stays off the tower
 """
 
-import functools
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -32,32 +30,12 @@ from exitwise.engines.prefix import (
 from exitwise.model.costs import PROMPT, exit_costs, request_inputs
 from exitwise.model.exits import replay
 from exitwise.model.families import FAMILIES, find_blocks, truncated_config
-from exitwise.run.exit import Exit
 from tests.families import BLOCKS, NOT_HERE, TINY
+from tests.model.conftest import family_model
 
 DECODING = Decoding(8)
-SIZES = {"wide": (60, 40), "tall": (30, 75), "small": (20, 20)}
 QUESTIONS = (("a", "Hi.", "wide"), ("b", "What is this, and why?", "tall"), ("c", "é?", ""), ("d", "Hi.", "small"))
 EXITS = range(BLOCKS + 1)
-
-
-@functools.cache
-def tiny(name):
-    return TINY[name]()
-
-
-@pytest.fixture(scope="module", params=list(TINY))
-def vlm(request):
-    return tiny(request.param)
-
-
-@pytest.fixture(scope="module")
-def images():
-    random = np.random.default_rng(0)
-    return {
-        name: Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        for name, (width, height) in SIZES.items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +100,7 @@ def test_costs_are_those_of_the_truncated_model(vlm, images):
     """Parameters and FLOPs of a request at every exit, counted on the model that really has so many blocks."""
     inputs = request_inputs(vlm, PROMPT, images["tall"])
     for row in exit_costs(vlm, range(1, BLOCKS + 1), image=images["tall"], repetitions=0)["exits"]:
-        model = truncated(vlm, row["exit"])
+        model = truncated(vlm, int(row["exit"]))
         assert row["parameters"]["total"] == sum(parameter.numel() for parameter in model.parameters())
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(**inputs, use_cache=True, logits_to_keep=1)
@@ -192,9 +170,9 @@ def test_a_mixed_batch_answers_as_one_by_one(vlm, rows, features):
     assert answers(vlm, rows[::-1], features, 5) == alone
 
 
-@pytest.mark.parametrize("name", ["gemma3", "mllama", "qwen2_vl"])  # tests/test_engine.py has the other route
+@pytest.mark.parametrize("name", ["gemma3", "mllama", "qwen2_vl"])  # tests/engines has the other route
 def test_sampling_depends_on_the_request_and_the_seed_only(name, images):
-    vlm = tiny(name)
+    vlm = family_model(name)
     table = {key: exit_features(vlm, image, [1]) for key, image in images.items()}
     features = lambda key, exit: table[key][exit]
     requests = [ExitRequest(Sample(key, text, "benign", image), 1) for key, text, image in QUESTIONS]
@@ -253,7 +231,9 @@ def test_lora_stays_off_the_tower(vlm):
     assert not any(f".{fresh.family.tower}." in name for name in names)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in NOT_HERE and not tiny(name).shares_prefix])
+@pytest.mark.parametrize(
+    "name", [name for name in TINY if name not in NOT_HERE and not family_model(name).shares_prefix]
+)
 def test_the_policy_s_log_probabilities_are_those_of_generate(name, images):
     """Of greedy answers at two exits, with an image and without, in one batch; tower and projector gone."""
     vlm = TINY[name]()
@@ -288,7 +268,7 @@ def test_the_policy_s_log_probabilities_are_those_of_generate(name, images):
 
 def test_embeddings_instead_of_encoder_outputs_would_be_seen(images):
     """`inputs_embeds` loses the positions of qwen's image tokens without a word; the tokens tell."""
-    vlm = tiny("qwen2_vl")
+    vlm = family_model("qwen2_vl")
     image = images["wide"]
     picture = vlm.picture(image)
     found = exit_features(vlm, image, [vlm.default_exit])[vlm.default_exit]
@@ -298,44 +278,6 @@ def test_embeddings_instead_of_encoder_outputs_would_be_seen(images):
     with torch.inference_mode():
         wrong = vlm.model.generate(inputs_embeds=embeddings, max_new_tokens=8, do_sample=False)
     assert tuple(wrong[0].tolist()) != plain(vlm, "Hi.", image, vlm.default_exit)
-
-
-@torch.inference_mode()
-def test_a_fused_exit_is_the_mean_of_its_states(vlm, images):
-    inputs = vlm.picture(images["wide"]).inputs
-    states = encode(vlm, inputs)
-    for layers in ((1, 3), (0, 2, BLOCKS)):
-        exit = Exit(layers)
-        if not vlm.family.averages:
-            with pytest.raises(UserError, match="joins several layers itself"):
-                exit_features(vlm, images["wide"], [exit])
-            continue
-        found = replay(vlm, inputs, states, exit)[0]
-        mean = torch.stack([states[layer] for layer in layers]).mean(dim=0)
-        as_end = replay(vlm, inputs, [mean] * (BLOCKS + 1), BLOCKS)[0]
-        torch.testing.assert_close(found, as_end, rtol=0, atol=1e-6)
-        with exit_at(vlm, exit):
-            torch.testing.assert_close(found, joined(vlm.family, vlm.model, inputs), rtol=0, atol=2e-5)
-        assert (found - replay(vlm, inputs, states, layers[-1])[0]).abs().max() > 1e-3
-
-
-@torch.inference_mode()
-def test_a_connector_of_several_layers_takes_a_fused_exit(images):
-    vlm = TINY["llava"](feature_layer=[1, -2])
-    assert (vlm.default_exit, vlm.takes_layers) == (3, 2)
-    image, inputs = images["wide"], vlm.picture(images["wide"]).inputs
-    found = exit_features(vlm, image, [2, 3, Exit([1, 3]), Exit([0, 4])])
-    plain = joined(vlm.family, vlm.model, inputs)
-    for exit in (3, Exit([1, 3])):
-        torch.testing.assert_close(found[exit], plain, rtol=0, atol=1e-6)
-    native = vlm.model.get_image_features(**inputs, vision_feature_layer=[0, 4]).pooler_output[0]
-    torch.testing.assert_close(found[Exit([0, 4])], native, rtol=0, atol=1e-6)
-    torch.testing.assert_close(found[2], joined(vlm.family, truncated(vlm, 2), inputs), rtol=0, atol=1e-6)
-    with exit_at(vlm, Exit([0, 4])):
-        torch.testing.assert_close(native, joined(vlm.family, vlm.model, inputs), rtol=0, atol=1e-6)
-    torch.testing.assert_close(plain, joined(vlm.family, vlm.model, inputs), rtol=0, atol=0)
-    with pytest.raises(UserError, match="takes 2"):
-        exit_features(vlm, image, [Exit([0, 2, 4])])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 20_000), (20_000, 40)])

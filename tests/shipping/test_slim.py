@@ -6,23 +6,18 @@ import shutil
 import subprocess
 import sys
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
 
-from exitwise import SlimConfig, UserError, describe, exit_at, inspect_checkpoint, load_vlm, slim
-from exitwise.model.families import find_blocks
+from exitwise import SlimConfig, UserError, describe, exit_at, load_vlm, slim
 from exitwise.run.exit import Exit
 from exitwise.run.provenance import fingerprint
-from exitwise.shipping.check import answers, compare, reload
-from exitwise.shipping.slim import _published_names, save, save_model, savings
+from exitwise.shipping.slim import _published_names, save, savings
 from tests.conftest import tiny_llava
 from tests.families import TINY
-from tests.model.test_loading import FAMILY_FOLDERS
 from tests.model.test_vlm import adapter
 
 QUESTION = "What is this?"
@@ -159,53 +154,6 @@ def test_the_model_in_memory_is_as_before(tiny, tmp_path):
     assert tiny.model.generation_config is generation
     assert describe("whole", tiny.model, tiny.processor).blocks is tiny.blocks
     assert len(tiny.blocks) == 4
-
-
-def test_the_check_sees_another_exit(tiny, tmp_path):
-    with exit_at(tiny, 3):
-        wanted = answers(tiny)
-    for exit in (2, 3):
-        (tmp_path / str(exit)).mkdir()
-        save(tiny, exit, tmp_path / str(exit))
-    assert compare(wanted, answers(reload(tmp_path / "3", tiny.device, 3))).tokens
-    with pytest.raises(UserError, match="not the full one"):
-        compare(wanted, answers(reload(tmp_path / "2", tiny.device, 2)))
-    with pytest.raises(UserError, match="2 blocks and exit 2, not 3"):
-        reload(tmp_path / "2", tiny.device, 3)
-
-
-@pytest.mark.parametrize("family", TINY)
-@torch.inference_mode()
-def test_every_family_is_what_it_was_at_the_exit(family, tmp_path, pictures):
-    """Saved, loaded by transformers, and held to `exit_at`: all keys in place, the same logits."""
-    vlm = TINY[family]()
-    picture = vlm.picture(pictures["coffee"])
-    prompt = vlm.prompt(QUESTION, picture.layout)
-    inputs = {**picture.inputs, **prompt.extras, "input_ids": torch.tensor([prompt.ids])}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    for exit in (1, 3, 4):
-        folder = tmp_path / str(exit)
-        save_model(vlm, exit, folder)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-        model, info = loaded
-        assert not info["missing_keys"]
-        assert not info["unexpected_keys"]
-        assert len(find_blocks(model)) == exit
-        with exit_at(vlm, exit):
-            wanted = vlm.model(**inputs).logits
-        torch.testing.assert_close(model.eval()(**inputs).logits, wanted, rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("family", FAMILY_FOLDERS)
-def test_the_check_of_another_family(family, tmp_path):
-    """Through the folder, its processor and `generate`, as users have it."""
-    vlm = TINY[family]()
-    vlm.model.save_pretrained(tmp_path / "full")
-    vlm.processor.save_pretrained(tmp_path / "full")
-    folder = slim(SlimConfig(str(tmp_path / "full"), 2, check=True), tmp_path / "slim")
-    note = json.loads((folder / "exitwise.json").read_text())
-    assert note["check"]["tokens"]
-    assert inspect_checkpoint(folder).runs_at["transformers"] == 2
 
 
 def test_a_connector_of_several_layers(tmp_path):

@@ -10,7 +10,6 @@ Shapes: B rows, T tokens of the longest row, P rows of an image's features.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -42,7 +41,7 @@ def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict
     for i, row in enumerate(whole):
         ids[i, longest - len(row) :] = torch.tensor(row, device=device)
         mask[i, longest - len(row) :] = 1
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    inputs: dict[str, object] = {"input_ids": ids, "attention_mask": mask}
     pictured = [row for row in rows if row.request.sample.image]
     for name in vlm.family.token_inputs if pictured or not vlm.family.image_in_every_row else ():
         if (values := _per_token(name, rows, longest, device)) is not None:

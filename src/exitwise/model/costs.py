@@ -1,4 +1,4 @@
-"""What an exit costs: parameters, bytes, FLOPs and seconds of encoder, projector and prefill, for any `Vlm`.
+"""Measures the cost of every exit: parameters, bytes, FLOPs and seconds of encoder, projector and prefill.
 
 One request runs through the stock model from pixels to the logits of its first new token, with a mark at each
 boundary that hooks can see: before and after every block of the encoder, and where the language model begins.
@@ -15,7 +15,7 @@ attention (causal attention counted in full), nothing for the rest.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ from .exit_names import parse_exits
 from .exits import exit_at
 from .vlm import Vlm
 
+if TYPE_CHECKING:
+    from transformers import BatchFeature
+
+V_co = TypeVar("V_co", covariant=True)
+
 PROMPT = "What is shown in this picture?"
 REPETITIONS, LEAST, BUDGET = 9, 3, 2.0
 """Timed passes at the most, at the least, and the seconds after which there are no more of them."""
@@ -36,11 +41,11 @@ REPETITIONS, LEAST, BUDGET = 9, 3, 2.0
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # torch 2.13 counts it as nothing
 
 
-class PassMark(NamedTuple):
-    """What a pass read when it came by: `start`, `enter` or `leave` a block, `prefill`, `end`."""
+class PassMark(NamedTuple, Generic[V_co]):
+    """The reading of a counter or clock at a place of a pass: `start`, `enter` or `leave` a block, `prefill`, `end`."""
 
     place: str
-    value: Any
+    value: V_co
     block: int = -1
 
 
@@ -53,7 +58,7 @@ class Parts(NamedTuple):
     prefill: float
 
     def at(self, exit: int) -> dict[str, float]:
-        """What exit `exit` takes of it."""
+        """The quantity at an exit, by part of the model."""
         encoder = self.before + sum(self.blocks[:exit])
         return {
             "encoder": encoder,
@@ -72,13 +77,13 @@ def exit_costs(
     prompt: str = PROMPT,
     repetitions: int = REPETITIONS,
 ) -> dict[str, Any]:
-    """What one request costs up to its first new token at each exit, ready for JSON (keys: docs/reference/metrics.md).
+    """The cost of one request up to its first new token, by exit, ready for JSON (keys: docs/reference/metrics.md).
 
     Args:
-        exits: numbers, or what `--exits` takes; the default exit is added, as the one that others are measured by.
+        exits: numbers, or text as in the option `--exits`; the default exit is added, as the baseline.
         image: of the request; without it, a grey square of 224 x 224 pixels. FLOPs of models that cut large images
             into tiles depend on its size.
-        prompt: of the request; prefill grows with its length.
+        prompt: of the request; the cost of prefill grows with its length.
         repetitions: timed passes, after the one that counts; fewer once BUDGET seconds are over, 0 for no latency.
 
     Returns:
@@ -86,7 +91,7 @@ def exit_costs(
         `bytes`, `flops` and `seconds` by part.
 
     Raises:
-        UserError: an exit is not there, the prompt cannot be asked, or the encoder did not run.
+        UserError: an exit does not exist, the prompt has a control token, or the encoder did not run.
     """
     wanted = exits if isinstance(exits, str) else ",".join(map(str, exits))
     numbers = parse_exits(f"{wanted},default", vlm.n_blocks, vlm.default_exit)
@@ -120,8 +125,8 @@ def exit_costs(
     }
 
 
-def request_inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
-    """The request as the model's own processor makes it, on the model's device and in its dtype."""
+def request_inputs(vlm: Vlm, prompt: str, image: Image.Image) -> "BatchFeature":
+    """The request from the model's own processor, on the model's device and in its dtype."""
     text, bos = vlm.chat(prompt), vlm.tokenizer.bos_token
     special = not (bos and text.startswith(bos))
     made = vlm.processor(images=[image], text=[text], return_tensors="pt", add_special_tokens=special)
@@ -129,9 +134,9 @@ def request_inputs(vlm: Vlm, prompt: str, image: Image.Image) -> Any:
     return made.to(vlm.device, vlm.model.dtype)
 
 
-def _pass(vlm: Vlm, inputs: Any, read: Callable[[], Any]) -> list[PassMark]:
+def _pass(vlm: Vlm, inputs: "BatchFeature", read: Callable[[], V_co]) -> list[PassMark[V_co]]:
     """One pass through all blocks up to the first new token; `read` is called at every mark."""
-    marks: list[PassMark] = []
+    marks: list[PassMark[V_co]] = []
 
     def marker(place: str, block: int = -1) -> Callable[..., None]:
         return lambda *_, **__: marks.append(PassMark(place, read(), block))
@@ -151,7 +156,7 @@ def _pass(vlm: Vlm, inputs: Any, read: Callable[[], Any]) -> list[PassMark]:
     return marks
 
 
-def parts_of(marks: Sequence[PassMark], n_blocks: int) -> Parts:
+def parts_of(marks: Sequence[PassMark[float]], n_blocks: int) -> Parts:
     """Differences between the marks of a pass. A block that runs several times (tile by tile) costs their sum.
 
     What runs between a block and the next one, such as a tap of its state, is that block's.
@@ -179,7 +184,7 @@ def parts_of(marks: Sequence[PassMark], n_blocks: int) -> Parts:
     return Parts(before, blocks, after, first["end"] - first["prefill"])
 
 
-def _count(vlm: Vlm, inputs: Any) -> tuple[Parts, Parts, Parts]:
+def _count(vlm: Vlm, inputs: "BatchFeature") -> tuple[Parts, Parts, Parts]:
     """FLOPs, parameters and bytes by part."""
     mapping = {_CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
@@ -196,7 +201,7 @@ def _places(vlm: Vlm) -> Iterator[dict[nn.Module, str | int]]:
     order = {block: index for index, block in enumerate(vlm.blocks)}
     latest = -1
 
-    def note(module: nn.Module, *_: Any) -> None:
+    def note(module: nn.Module, *_: object) -> None:
         nonlocal latest
         latest = order.get(module, latest)
         between: str | int = latest if latest < len(order) - 1 else "after"
@@ -216,7 +221,7 @@ def _weigh(vlm: Vlm, places: dict[nn.Module, str | int], weight: Callable[[torch
     Blocks and language model are known as such, whatever they hold included. Another module belongs where it ran, and
     one that did not run where the module around it belongs.
     """
-    known: dict[Any, str | int] = {block: index for index, block in enumerate(vlm.blocks)}
+    known: dict[nn.Module, str | int] = {block: index for index, block in enumerate(vlm.blocks)}
     known |= dict.fromkeys((vlm.model.get_decoder(), vlm.model.get_output_embeddings()), "prefill")
     part: dict[str, str | int] = {}
     owned: dict[int, tuple[str | int, int]] = {}
@@ -238,7 +243,7 @@ def _held(parts: Parts, exit: int) -> dict[str, float]:
     return {"language_model" if part == "prefill" else part: size for part, size in parts.at(exit).items()}
 
 
-def _time(vlm: Vlm, inputs: Any, repetitions: int) -> list[Parts]:
+def _time(vlm: Vlm, inputs: "BatchFeature", repetitions: int) -> list[Parts]:
     """Seconds by part of each pass; the one that counted FLOPs has warmed up caches and allocator."""
     passes: list[Parts] = []
     began = time.monotonic()
@@ -247,7 +252,7 @@ def _time(vlm: Vlm, inputs: Any, repetitions: int) -> list[Parts]:
     return passes
 
 
-def _clocked(vlm: Vlm, inputs: Any) -> list[PassMark]:
+def _clocked(vlm: Vlm, inputs: "BatchFeature") -> list[PassMark[float]]:
     """The marks of a pass in seconds; on a GPU by events on its stream, so that nothing waits at a mark."""
     if vlm.device.type != "cuda":
         return _pass(vlm, inputs, time.perf_counter)
@@ -262,7 +267,7 @@ def _clocked(vlm: Vlm, inputs: Any) -> list[PassMark]:
         marks = _pass(vlm, inputs, read)
         torch.cuda.synchronize()
     start = marks[0].value
-    return [mark._replace(value=start.elapsed_time(mark.value) / 1000) for mark in marks]
+    return [PassMark(mark.place, start.elapsed_time(mark.value) / 1000, mark.block) for mark in marks]
 
 
 def _quartiles(passes: Sequence[dict[str, float]]) -> dict[str, dict[str, float]] | None:

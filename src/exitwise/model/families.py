@@ -1,189 +1,49 @@
-"""The table of model families: where the parts of a vision-language model are, and what an exit needs of each.
+"""The table of model families: the attribute paths of a model's parts, and how its encoder is run, fed and truncated.
 
-To add a family: one entry in FAMILIES and one tiny model in tests/families.py; tests/test_families.py says whether the
-entry is right. docs/howto/add-family.md has the steps.
-
-Shapes: P rows of an image's features (image tokens for most families), H width of the language model, B rows.
+To add a family: one entry in FAMILIES and one tiny model in tests/families.py; tests/model/test_families.py checks the
+entry. docs/howto/add-family.md has the steps. Functions of the entries: encoder_outputs.py and truncation.py.
 """
 
-import copy
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 
 from ..errors import UserError
+from .encoder_outputs import (
+    Keywords,
+    Tensors,
+    cross_attention,
+    deepstack,
+    deepstack_features,
+    flat,
+    last_state,
+    listed,
+    llama4_features,
+    mllama_features,
+    stock_features,
+    tiled,
+)
+from .truncation import (
+    Setting,
+    cut_by_depth,
+    cut_by_layer,
+    cut_deepstack,
+    cut_internvl,
+    cut_mllama,
+    cut_windows,
+    fewer_taps,
+    internvl_layer,
+    last_layer,
+    no_settings,
+)
 
-Tensors = dict[str, torch.Tensor]
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-
-def stock_features(model: Any, inputs: Tensors) -> list[torch.Tensor]:
-    """One (P, H) per image or tile, the pooled output of `get_image_features`: what takes the place of image tokens."""
-    return list(model.get_image_features(**inputs).pooler_output)
-
-
-def mllama_features(model: Any, inputs: Tensors) -> list[torch.Tensor]:
-    """One (tiles x patches, H) per image: the states that the cross-attention layers read."""
-    inner = model.model
-    states = inner.multi_modal_projector(inner.vision_model(**inputs).last_hidden_state)  # (N, 1, tiles, patches, H)
-    return list(states.flatten(1, 3))
-
-
-def llama4_features(model: Any, inputs: Tensors) -> list[torch.Tensor]:
-    """One (P, width of the encoder's adapter) per tile: the model projects them where it puts them in."""
-    return list(model.get_image_features(**inputs).last_hidden_state)
-
-
-def deepstack_features(model: Any, inputs: Tensors) -> list[torch.Tensor]:
-    """One (P, H x (1 + taps)) per image: the merged last state, beside it what each tap adds to a language layer.
-
-    A tap of a block that does not run adds nothing: its columns are zero.
-    """
-    found = model.get_image_features(**inputs)
-    taps = len(model.model.visual.deepstack_merger_list) - len(found.deepstack_features)
-    none = [[torch.zeros_like(f) for f in found.pooler_output] for _ in range(taps)]
-    columns = zip(found.pooler_output, *found.deepstack_features, *none, strict=True)
-    return [torch.cat(parts, dim=-1) for parts in columns]
-
-
-def listed(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """Features of the images of a batch, in order, as `generate` and `forward` take them: one tensor an image."""
-    pooled: Any = list(features)
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
-
-
-def flat(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The same for families that want one tensor over all images."""
-    pooled: Any = torch.cat(list(features))
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
-
-
-def tiled(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The same as (tiles, P of a tile, H) for smolvlm, some releases of which read P from the shape."""
-    pooled: Any = torch.cat(list(features)).unflatten(0, (-1, model.model.image_seq_len))
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
-
-
-def last_state(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The same for llama4, which projects the last hidden state itself."""
-    state: Any = torch.cat(list(features))
-    return {"mm_encoder_outputs": {"image": BaseModelOutput(last_hidden_state=state)}}
-
-
-def deepstack(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The same for qwen3_vl: the columns of `deepstack_features` taken apart again."""
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
-
-    width = model.config.text_config.hidden_size
-    parts: Any = [feature.split(width, dim=-1) for feature in features]
-    columns: Any = [list(column) for column in zip(*parts, strict=True)]
-    output = BaseModelOutputWithDeepstackFeatures(pooler_output=columns[0], deepstack_features=columns[1:])
-    return {"mm_encoder_outputs": {"image": output}}
-
-
-def cross_attention(model: Any, features: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The states of mllama's cross-attention, (B, tiles x patches, H); one a row, zeros for a row without an image."""
-    return {"cross_attention_states": torch.stack(list(features))}
-
-
-def n_layers(config: Any) -> int:
-    """Blocks of the image encoder that a model config describes."""
-    vision = config.vision_config
-    return vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers
-
-
-def absolute(layer: int, n_blocks: int) -> int:
-    """`vision_feature_layer` as a number of blocks run."""
-    return layer if layer >= 0 else n_blocks + 1 + layer
-
-
-def cut_by_depth(config: Any, exit: int) -> Any:
-    """The config with `exit` blocks in its encoder, for families that take the encoder's last state."""
-    config = copy.deepcopy(config)
-    vision = config.vision_config
-    setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", exit)
-    if hasattr(vision, "stage_names"):  # DINOv2 counts its blocks there again, and a config that disagrees is not read
-        again = {"stage_names", "out_features", "out_indices"}
-        plain = {key: value for key, value in vision.to_dict().items() if key not in again}
-        vision = config.vision_config = type(vision).from_dict(plain)
-    if getattr(vision, "layer_types", None):
-        vision.layer_types = vision.layer_types[:exit]
-    return config
-
-
-def cut_by_layer(config: Any, exit: int) -> Any | None:
-    """The same for families with `vision_feature_layer`; transformers records no state where there is no block."""
-    if exit == 0:
-        return None
-    total, layer = n_layers(config), config.vision_feature_layer
-    config = cut_by_depth(config, exit)
-    if isinstance(layer, int):
-        config.vision_feature_layer = -1
-    else:
-        config.vision_feature_layer = [min(absolute(one, total), exit) for one in layer]
-    return config
-
-
-def cut_internvl(config: Any, exit: int) -> Any | None:
-    """A last state taken as -1 is normalised, any other is not; the cut model keeps to what the whole one does."""
-    cut = cut_by_layer(config, exit)
-    if cut is not None and config.vision_feature_layer != -1:
-        cut.vision_feature_layer = exit
-    return cut
-
-
-def cut_mllama(config: Any, exit: int) -> Any | None:
-    """Blocks and, of the states that are concatenated, those above the exit replaced by the exit's own."""
-    if exit == 0:
-        return None
-    config = cut_by_depth(config, exit)
-    vision = config.vision_config
-    vision.intermediate_layers_indices = [min(i, exit - 1) for i in vision.intermediate_layers_indices]
-    return config
-
-
-def cut_deepstack(config: Any, exit: int) -> Any:
-    """Blocks, and the taps of blocks that are left."""
-    config = cut_by_depth(config, exit)
-    vision = config.vision_config
-    vision.deepstack_visual_indexes = [i for i in vision.deepstack_visual_indexes if i < exit]
-    return config
-
-
-def cut_windows(config: Any, exit: int) -> Any:
-    """Blocks, and of those with full attention the ones that are left."""
-    config = cut_by_depth(config, exit)
-    vision = config.vision_config
-    vision.fullatt_block_indexes = [i for i in vision.fullatt_block_indexes if i < exit]
-    return config
-
-
-Setting = tuple[Any, str, Any]
-"""(object, attribute, value) that holds while the encoder is cut."""
-
-
-def no_settings(model: Any, exit: int) -> list[Setting]:
-    return []
-
-
-def last_layer(model: Any, exit: int) -> list[Setting]:
-    """The last state is taken, which in a cut encoder is the exit's; a model that takes several keeps its list."""
-    return [(model.config, "vision_feature_layer", -1)] if isinstance(model.config.vision_feature_layer, int) else []
-
-
-def internvl_layer(model: Any, exit: int) -> list[Setting]:
-    """-1 is normalised and L is not: what the model does at its default exit is done at every exit."""
-    layer = model.config.vision_feature_layer
-    return [] if layer == -1 else [(model.config, "vision_feature_layer", n_layers(model.config))]
-
-
-def fewer_taps(model: Any, exit: int) -> list[Setting]:
-    """Only blocks that run have a tap."""
-    visual = model.model.visual
-    return [(visual, "deepstack_visual_indexes", [i for i in visual.deepstack_visual_indexes if i < exit])]
+    from .types import StockModel
 
 
 def _lora(language_model: str, parts: str = "self_attn|mlp") -> str:
@@ -195,46 +55,46 @@ PLAIN_PROMPT = "USER: {image}{text} ASSISTANT:"
 
 
 class Family(NamedTuple):
-    """What a `config.model_type` needs. Paths are attributes, from the `ForConditionalGeneration` model."""
+    """One model type: attribute paths of its parts, from the `ForConditionalGeneration` model, and functions."""
 
     tower: str
     projector: str | None
-    """None where the tower projects by itself."""
+    """None where the tower includes the projection."""
     language_model: str
     blocks: str | None = None
-    """The ModuleList of blocks, from the tower; None: by the kind of encoder (ENCODERS)."""
+    """Path of the ModuleList of blocks, from the tower; None: that of the encoder's type (ENCODERS)."""
     route: str = "prefix"
-    """How answers are generated. "prefix": causal attention and one position a token, so that the part up to the image
-    is computed once for all questions (engines/hf.py). "whole": every row whole, by the model's own `generate`
-    (engines/whole.py), for position tables, masks or attention layers that depend on the image."""
+    """How answers are generated. "prefix": attention is causal and each token has one position, so the prompt up to the
+    image is computed once for all questions (engines/prefix.py). "whole": each row by the model's own `generate`
+    (engines/whole.py), where position tables, masks or attention layers depend on the image."""
     image_inputs: tuple[str, ...] = ("pixel_values",)
-    """What the encoder takes of what the processor gives."""
+    """Outputs of the processor that the encoder takes."""
     token_inputs: tuple[str, ...] = ()
-    """What `generate` needs beside ids: one value a token, padded with 0."""
+    """Outputs of the processor that `generate` takes besides ids: one value per token, padded with 0."""
     forward_inputs: tuple[str, ...] = ()
-    """What must be 1 at every token of a bare text for it to be read forwards only, as answers are."""
+    """Inputs that are 1 at every token of a text without a prompt, so that attention is causal as in answers."""
     grid_inputs: tuple[str, ...] = ()
-    """The same, one row an image."""
-    features: Callable[[Any, Tensors], list[torch.Tensor]] = stock_features
-    placed: Callable[[Any, Sequence[torch.Tensor]], dict[str, Any]] = listed
-    """Features of a batch as keywords of `forward` and `generate`."""
-    settings: Callable[[Any, int], list[Setting]] = no_settings
-    """What holds while the encoder is cut."""
-    truncate: Callable[[Any, int], Any | None] = cut_by_depth
-    """The config of the same model with fewer blocks; None where there is none."""
+    """Outputs of the processor that `generate` takes besides ids: one row per image."""
+    features: Callable[["StockModel", Tensors], list[torch.Tensor]] = stock_features
+    placed: Callable[["StockModel", Sequence[torch.Tensor]], Keywords] = listed
+    """Makes arguments of `forward` and `generate` from the features of a batch."""
+    settings: Callable[["StockModel", int], list[Setting]] = no_settings
+    """Attributes that are set while the encoder is cut at an exit."""
+    truncate: Callable[["PreTrainedConfig", int], "PreTrainedConfig | None"] = cut_by_depth
+    """Makes the config of the model with fewer blocks; None where transformers has no such model."""
     lora_targets: str = _lora("language_model")
-    """Never the encoder, whose projections have the same names; a plain list of names would adapt it too."""
+    """Modules that LoRA adapts, as a regular expression: a list of names would match those of the encoder too."""
     averages: bool = True
     """Whether an exit may be a set of layers whose states are averaged."""
     block_returns_tuple: bool = False
     image_in_every_row: bool = False
-    """Features come one a row, as cross-attention states, not one an image."""
+    """Features are cross-attention states, one per row of a batch and not one per image."""
     projects_late: bool = False
-    """Features are those before the projector: the model projects them where it puts them in."""
+    """Features are taken before the projector: the model projects them when it inserts them."""
     counted: bool = False
-    """An image is one token, repeated: prompts can be written from P alone."""
+    """An image is one token repeated P times, so prompts depend on the image by P only."""
     plain: tuple[str, str] = (PLAIN_PROMPT.replace("{image}", "{image}\n"), PLAIN_PROMPT.replace("{image}", ""))
-    """The chat of checkpoints without a template: with an image, and without."""
+    """The prompt format of checkpoints without a chat template: with an image, and without."""
 
 
 _LLAVA = Family(
@@ -333,13 +193,13 @@ ENCODERS = {
 }
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: "PreTrainedConfig") -> Family:
     """The table's entry for the config of a supported model; LLaVA with Pixtral's encoder has one of its own."""
     encoder = getattr(getattr(config, "vision_config", None), "model_type", None)
     return FAMILIES["pixtral" if (config.model_type, encoder) == ("llava", "pixtral") else config.model_type]
 
 
-def check_family(name: str, config: Any) -> Family:
+def check_family(name: str, config: "PreTrainedConfig") -> Family:
     """The table's entry for a config.
 
     Raises:
@@ -357,20 +217,20 @@ def check_family(name: str, config: Any) -> Family:
     return family
 
 
-def find_blocks(model: Any) -> nn.ModuleList:
+def find_blocks(model: "StockModel") -> nn.ModuleList:
     """The L transformer blocks of a model's image encoder."""
     family = family_of(model.config)
     path = family.blocks or ENCODERS[model.config.vision_config.model_type]
     return attrgetter(path)(attrgetter(family.tower)(model))
 
 
-def shares_prefix(model: Any) -> bool:
+def shares_prefix(model: "StockModel") -> bool:
     """Whether a prompt's first part may be computed apart from the rest.
 
-    Not where attention reaches back a limited number of places: rows of a shared batch are padded in the middle. Nor
-    where layers lie on several devices.
+    False for attention with a limited window, since rows of a shared batch are padded in the middle, and for layers on
+    several devices.
     """
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:  # keys and values lie on several devices
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return False
     text = model.config.get_text_config()
     kinds = getattr(text, "layer_types", None)
@@ -378,10 +238,10 @@ def shares_prefix(model: Any) -> bool:
     return family_of(model.config).route == "prefix" and not limited
 
 
-def truncated_config(config: Any, exit: int) -> Any | None:
-    """The config of the same model whose image encoder has `exit` blocks, by the family's native means.
+def truncated_config(config: "PreTrainedConfig", exit: int) -> "PreTrainedConfig | None":
+    """The config of the same model with `exit` blocks in its image encoder.
 
-    The model built from it gives at its default exit what the whole model gives at `exit`, with the same weights.
-    None where transformers has no such model (exit 0 of families that take a recorded state).
+    With the same weights, the default exit of the model built from it equals `exit` of the whole model. None where
+    transformers has no such model (exit 0 of families that take a recorded state).
     """
     return family_of(config).truncate(config, exit)

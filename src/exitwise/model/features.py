@@ -1,4 +1,4 @@
-"""Image features at exits: kept in memory while an audit needs them, or in files for as long as a training does."""
+"""Caches of image features at exits: in memory for an audit, in files for an alignment."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -24,6 +24,8 @@ KEPT_BYTES = 2 << 30  # of features; the plan asks image by image, so a small pa
 
 
 class Phases(Protocol):
+    """A clock that measures named phases (run/clock.py)."""
+
     def phase(self, name: str) -> AbstractContextManager[None]: ...
 
 
@@ -53,7 +55,7 @@ class FeatureCache:
         return self.counts[name]
 
     def layout(self, name: str) -> Layout | int:
-        """How prompts write this image: P where it is one token repeated, else what the processor made of it."""
+        """The layout of this image in prompts: P where it is one token repeated, else the output of the processor."""
         if self.vlm.family.counted:
             return self.n_tokens(name)
         if name not in self.layouts:
@@ -79,12 +81,11 @@ class FeatureFiles:
         vlm: Vlm,
         images: dict[str, Callable[[], Image.Image]],
         exits: Sequence[Exit],
-        advance: Callable[[], None] = lambda: None,
     ) -> int:
-        """Encodes the images that are not there at all these exits; returns how many were encoded.
+        """Encodes the images whose files lack any of these exits; returns the number of encoded images.
 
         Args:
-            images: what loads each image, by name.
+            images: functions that load each image, by name.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,6 @@ class FeatureFiles:
                     save_file({str(e): f.clone().contiguous() for e, f in features.items()}, scratch)
                 os.replace(scratch, path)
                 encoded += 1
-            advance()
         return encoded
 
     def __call__(self, name: str, exit: Exit) -> torch.Tensor:
@@ -116,7 +116,7 @@ class FeatureFiles:
             return file.get_tensor(str(exit)).to(self.device)
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
+    def _open(self, name: str) -> Iterator[safe_open]:
         """The file of an image; raises UserError where it cannot be read."""
         try:
             with safe_open(self.paths[name], framework="pt") as file:
@@ -127,7 +127,7 @@ class FeatureFiles:
             ) from None
 
     def layout(self, name: str) -> Layout | int:
-        """How prompts write this image: P where it is one token repeated, else what the processor made of it."""
+        """The layout of this image in prompts: P where it is one token repeated, else the output of the processor."""
         return self.layouts[name] if name in self.layouts else self.n_tokens(name)
 
     def n_tokens(self, name: str) -> int:

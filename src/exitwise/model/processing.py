@@ -1,10 +1,10 @@
 """Records how a processor writes an image into a prompt, so that each image is processed once and not per prompt."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -76,9 +76,9 @@ class _RecordedProcessor:
     def __getattr__(self, name: str) -> object:
         return getattr(self.real, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> BatchFeature:
+    def __call__(self, *args: object, **kwargs: object) -> BatchFeature:
         if self.output is None:
-            self.output = dict(self.real(*args, **kwargs))
+            self.output = dict(cast(Callable[..., BatchFeature], self.real)(*args, **kwargs))
         return BatchFeature(dict(self.output))
 
 

@@ -1,13 +1,14 @@
-"""Keeps the libraries underneath from talking over us."""
+"""Silences progress bars and advice of transformers."""
 
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
-def quiet():
-    """Silences progress bars and advice of the libraries underneath; errors still come through."""
+def quiet() -> Iterator[None]:
+    """Within it transformers shows no progress bars and no advice; errors still appear."""
     from transformers.utils import logging as transformers_logging
 
     bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()

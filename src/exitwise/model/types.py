@@ -1,7 +1,16 @@
 """Types of the transformers objects in a `Vlm`, for annotations: transformers itself types their attributes loosely."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+
+class ImageOutput(Protocol):
+    """The output of `get_image_features`."""
+
+    pooler_output: "Sequence[torch.Tensor] | torch.Tensor"
+    last_hidden_state: "torch.Tensor"
+    deepstack_features: "Sequence[torch.Tensor]"
+
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,7 +23,6 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-    from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     class StockModel(PreTrainedModel):
         """A `...ForConditionalGeneration` model; its submodules have the names of their family."""
@@ -23,7 +31,8 @@ if TYPE_CHECKING:
         prepare_inputs_for_generation: Callable[..., dict[str, object]]
 
         def generate(self, **inputs: object) -> torch.Tensor: ...
-        def get_image_features(self, **inputs: object) -> BaseModelOutputWithPooling: ...
+        def get_image_features(self, **inputs: object) -> "ImageOutput": ...
+        def to(self, *args: object) -> Self: ...  # type: ignore[override]
         def get_decoder(self) -> torch.nn.Module: ...
         def __getattr__(self, name: str) -> Any: ...
 

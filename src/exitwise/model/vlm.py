@@ -14,8 +14,9 @@ from ..errors import UserError
 from ..run.exit import Exit
 from .exit_names import parse_exits
 from .exits import exit_at
-from .families import Family, absolute, check_family, family_of, find_blocks, shares_prefix
+from .families import Family, check_family, family_of, find_blocks, shares_prefix
 from .processing import Layout, Picture, Prompt, as_image, drop_pixels, recorded
+from .truncation import absolute
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -79,7 +79,7 @@ def _front_matter(note: Note) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "tags:", "- exitwise"]
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", note.source, re.ASCII) and not Path(note.source).exists()
     if on_hub:
-        lines.append(f"base_model: {json.dumps(note['source'])}")
+        lines.append(f"base_model: {json.dumps(note.source)}")
     return "\n".join([*lines, "---"])
 
 

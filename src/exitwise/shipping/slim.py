@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +43,8 @@ from .config import SlimConfig
 from .note import Note, Savings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..model.types import StockModel
 
 LEGACY_TOWERS = ("clip_vision_model", "siglip_vision_model")
@@ -64,16 +65,16 @@ def slim(
     Args:
         model: a name, a folder, a hub id, or a loaded `Vlm`, which stays as it is.
         out: must be new or empty.
-        options: the fields of `SlimConfig`; they replace those of a `SlimConfig` given as `model`.
+        options: the fields of `SlimConfig`; none where `model` is a `SlimConfig`.
 
     Raises:
         UserError: the exit does not exist or cannot be cut, `out` is taken, the adapter or the audit belongs to
             another model, there is no room to write, or the check failed. Nothing is left under `out` then.
     """
-    if isinstance(model, SlimConfig):
-        config = replace(model, **options)
-    else:
-        config = SlimConfig.of(model.name if isinstance(model, Vlm) else model, **options)
+    if isinstance(model, SlimConfig) and options:
+        raise UserError(f"slim got a SlimConfig and options beside it ({', '.join(options)}); put them into the config")
+    source = model.name if isinstance(model, Vlm) else model
+    config = source if isinstance(source, SlimConfig) else SlimConfig.of(source, **options)
     config.check_values()
     progress, out = progress or Silent(), Path(out)
     check_free(out)
@@ -132,24 +133,28 @@ def truncated(vlm: Vlm, exit: int) -> "StockModel":
     Raises:
         UserError: see `check_exit`.
     """
-    check_exit(vlm, exit)
+    config = check_exit(vlm, exit)
     with torch.device("meta"):
-        shorter = type(vlm.model)(truncated_config(vlm.model.config, exit))
+        shorter = type(vlm.model)(config)
     weights = vlm.model.state_dict()
     shorter.load_state_dict({name: weights[name] for name in shorter.state_dict()}, assign=True)
     shorter.tie_weights()
     return shorter
 
 
-def check_exit(vlm: Vlm, exit: int) -> None:
-    """Raises UserError for an exit outside 1 .. L, and for one that the family's config cannot express."""
-    none = 0 < exit <= vlm.n_blocks and truncated_config(vlm.model.config, exit) is None
-    if exit == 0 or none:
+def check_exit(vlm: Vlm, exit: int) -> "PreTrainedConfig":
+    """The config of the model cut at `exit`.
+
+    Raises:
+        UserError: the exit lies outside 1 .. L, or the family's config cannot express it.
+    """
+    config = truncated_config(vlm.model.config, exit) if 0 < exit <= vlm.n_blocks else None
+    if exit == 0 or (config is None and exit <= vlm.n_blocks):
         raise UserError(
             f"exit {exit} of {vlm.name} cannot be cut: an encoder of {exit} blocks gives no features in "
             f"most families; expected 1 to {vlm.n_blocks} (`exit_at` runs it on the full model)"
         )
-    if not 0 < exit <= vlm.n_blocks:
+    if config is None:
         raise UserError(
             f"exit {exit} does not exist: {vlm.name} can be cut at exits 1 to {vlm.n_blocks} "
             f"(default {vlm.default_exit})"
@@ -159,6 +164,7 @@ def check_exit(vlm: Vlm, exit: int) -> None:
             f"exit {exit} of {vlm.name} is its default exit again: its connector takes no layer after "
             f"{vlm.default_exit}; give --exit {vlm.default_exit} or less"
         )
+    return config
 
 
 def check_free(out: Path) -> None:
