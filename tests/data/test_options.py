@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from exitwise import AlignConfig, AuditConfig, UserError
+from exitwise.cli.commands import Align, Audit
 from exitwise.cli.main import parse
 from exitwise.data.options import option_types, to_json
 from exitwise.run.exit import Exit
@@ -73,4 +74,6 @@ def test_no_two_configs_share_the_name_of_an_option(kind):
 def test_the_command_line_and_the_keywords_are_the_same(command, kind):
     words = ["--data", "xstest-safe", "--data", "own-vqa:a.csv", "--image-root", "a", "b", "--prompts", "p.csv"]
     options = {"data": ("xstest-safe", "own-vqa:a.csv"), "image_root": ("a", "b"), "prompts": "p.csv", "seed": 3}
-    assert parse([command, "m", *words, "--seed", "3"]).config == kind.of("m", **options)
+    parsed = parse([command, "m", *words, "--seed", "3"])
+    assert isinstance(parsed, Audit | Align)
+    assert parsed.config == kind.of("m", **options)
