@@ -24,9 +24,15 @@ def write_run(folder: Path, exits=(0, 1, 2, 3), n=5, text=lambda i, exit: f"Answ
     folder.mkdir(parents=True)
     (folder / "samples.jsonl").write_text(to_lines(samples))
     (folder / "completions.jsonl").write_text(to_lines(completions))
-    (folder / "config.json").write_text(json.dumps({"seed": 0}))
-    (folder / "plan.json").write_text(json.dumps({"n_requests": len(completions), "n_blocks": 3, "default_exit": 2}))
+    (folder / "config.json").write_text(json.dumps({"model": "m", "judge": "refusal", "seed": 0}))
+    write_plan(folder, len(completions), exits)
     return folder
+
+
+def write_plan(folder: Path, n_requests: int, exits, n_blocks: int = 3) -> None:
+    plan = {"exits": list(exits), "default_exit": n_blocks - 1, "n_blocks": n_blocks, "n_requests": n_requests}
+    plan |= {"batch_size": 1, "prefix_tokens": 1, "threads": 1, "model_sha256": "", "skipped": {}}
+    (folder / "plan.json").write_text(json.dumps(plan))
 
 
 class Length:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .alignment.loop import align
     from .auditing.audit import audit
     from .auditing.config import AuditConfig
+    from .auditing.judging import judge
     from .comparison import compare_runs
     from .errors import UserError
-    from .judges import judge_run
     from .measure.metrics import compute_metrics
     from .measure.scores import mean_score, score_table
     from .model.costs import exit_costs
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .run.exit import Exit
     from .run.records import Completion, Sample, Score, Verdict
     from .run.run import Run
-    from .scorers import make_scorer, score_run
+    from .scorers import make_scorer, score
     from .scorers.vqa_v2 import vqa_accuracy
     from .shipping.config import SlimConfig
     from .shipping.runtimes import inspect_checkpoint
@@ -43,7 +43,7 @@ _MODULES = {
     "AuditConfig": "auditing.config",
     "compare_runs": "comparison",
     "UserError": "errors",
-    "judge_run": "judges",
+    "judge": "auditing.judging",
     "compute_metrics": "measure.metrics",
     "mean_score": "measure.scores",
     "score_table": "measure.scores",
@@ -66,7 +66,7 @@ _MODULES = {
     "Verdict": "run.records",
     "Run": "run.run",
     "make_scorer": "scorers",
-    "score_run": "scorers",
+    "score": "scorers",
     "vqa_accuracy": "scorers.vqa_v2",
     "SlimConfig": "shipping.config",
     "inspect_checkpoint": "shipping.runtimes",

@@ -8,6 +8,7 @@ from exitwise.errors import UserError
 from exitwise.judges import Judging, judge_run, parse_judges
 from exitwise.run.directory import read_records
 from exitwise.run.records import Completion, Sample, Verdict
+from exitwise.run.run import Run
 from tests.guard_fixture import save_vision_guard
 from tests.judge_setup import HARMFUL, HARMLESS, judging, write_run
 
@@ -33,7 +34,7 @@ def test_names_of_judges():
 def test_a_judge_that_is_not_there_is_one_line(tmp_path):
     run = write_run(tmp_path / "run", HARMLESS)
     with pytest.raises(UserError, match=r"cannot load .*for --judge-model a folder") as error:
-        judge_run(run, "wildguard", judging(tmp_path / "nothing"))
+        judge_run(Run(run), "wildguard", judging(tmp_path / "nothing"))
     assert "\n" not in str(error.value)
 
 
@@ -110,7 +111,7 @@ def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
     from exitwise.measure.metrics import compute_metrics
 
     run = write_run(tmp_path / "run", HARMLESS + HARMFUL)
-    verdicts = judge_run(run, "wildguard", judging(checkpoints("wildguard")))
+    verdicts = judge_run(Run(run), "wildguard", judging(checkpoints("wildguard")))
     samples, completions = (
         read_records(run / f, k) for f, k in (("samples.jsonl", Sample), ("completions.jsonl", Completion))
     )

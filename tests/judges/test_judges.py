@@ -13,6 +13,7 @@ from exitwise.judges.refusal import judge_completion, refusal_phrase
 from exitwise.judges.vqa import normalise
 from exitwise.run.directory import read_records, to_lines
 from exitwise.run.records import Completion, Sample, Verdict
+from exitwise.run.run import Run
 
 relaxed = settings(deadline=None)  # other work may hold the cores
 
@@ -296,30 +297,30 @@ def run(tmp_path):
 
 
 def test_judge_run_writes_in_the_order_of_the_completions(run):
-    verdicts = judge_run(run, "refusal")
+    verdicts = judge_run(Run(run), "refusal")
     assert [(v.sample, v.exit, v.label) for v in verdicts] == [
         ("b", 1, "correct"),
         ("a", 1, "refused"),
         ("a", 0, "answered"),
     ]
     path = run / "verdicts.refusal.jsonl"
-    assert read_records(path, Verdict) == verdicts
+    assert read_records(path, Verdict) == list(verdicts)
     before = path.read_bytes()
-    judge_run(run, "refusal")
+    judge_run(Run(run), "refusal")
     assert path.read_bytes() == before
     assert json.loads(before.splitlines()[0])["judge"] == "refusal"
 
 
 def test_judge_run_names_the_judges_there_are(run):
     with pytest.raises(UserError, match="no judge 'guard'; choose one of: refusal"):
-        judge_run(run, "guard")
+        judge_run(Run(run), "guard")
     assert list(JUDGES) == ["refusal"]
 
 
 def test_judge_run_refuses_runs_it_cannot_judge(run):
     (run / "samples.jsonl").write_text(to_lines([sample(id="a")]))
     with pytest.raises(UserError, match="first: b"):
-        judge_run(run, "refusal")
+        judge_run(Run(run), "refusal")
     (run / "completions.jsonl").unlink()
     with pytest.raises(UserError, match="no completions"):
-        judge_run(run, "refusal")
+        judge_run(Run(run), "refusal")

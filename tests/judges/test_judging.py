@@ -14,6 +14,7 @@ from exitwise.errors import UserError
 from exitwise.judges import judge_run
 from exitwise.judges.guards import GUARDS
 from exitwise.run.records import Verdict
+from exitwise.run.run import Run
 from tests.guard_fixture import POISON
 from tests.judge_setup import judging, write_run
 
@@ -23,7 +24,7 @@ TEXTS = [f"{'word ' * (i % 11)}{POISON if i % 4 == 0 else 'tea'} {i % 40}" for i
 @pytest.fixture(scope="module")
 def judged(checkpoints, tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("judged") / "run", TEXTS)
-    judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
+    judge_run(Run(run), "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
     return run
 
 
@@ -36,7 +37,7 @@ def test_cut_anywhere_a_judging_ends_with_the_same_bytes(judged, checkpoints, tm
         run = tmp_path / str(case)
         shutil.copytree(judged, run)
         (run / name).write_bytes(whole[: rng.randrange(len(whole))])
-        judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
+        judge_run(Run(run), "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
         assert (run / name).read_bytes() == whole
         assert (run / "judge.llama-guard-3-8b.json").read_bytes() == (
             judged / "judge.llama-guard-3-8b.json"
@@ -46,8 +47,8 @@ def test_cut_anywhere_a_judging_ends_with_the_same_bytes(judged, checkpoints, tm
 @pytest.mark.slow
 def test_killed_a_judging_goes_on(judged, checkpoints, tmp_path):
     code = (
-        "import sys; from pathlib import Path; from exitwise.judges import Judging, judge_run; "
-        "judge_run(Path(sys.argv[1]), 'llama-guard-3-8b', Judging((sys.argv[2],), None, 2))"
+        "import sys; from exitwise.run.run import Run; from exitwise.judges import Judging, judge_run; "
+        "judge_run(Run(sys.argv[1]), 'llama-guard-3-8b', Judging((sys.argv[2],), None, 2))"
     )
     run = write_run(tmp_path / "run", TEXTS)
     name, path = "verdicts.llama-guard-3-8b.jsonl", checkpoints("llama-guard-3-8b")
@@ -66,7 +67,7 @@ def test_nothing_is_asked_twice(judged, checkpoints, monkeypatch):
 
     before = (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes()
     monkeypatch.setattr(local, "load", lambda *a, **k: pytest.fail("loaded the judge again"))
-    judge_run(judged, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
+    judge_run(Run(judged), "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
     assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
 
 
@@ -78,7 +79,7 @@ def test_equal_questions_are_asked_once(checkpoints, tmp_path, monkeypatch):
     (run / "completions.jsonl").write_text("".join(row.replace('"exit": 0', f'"exit": {i}') + "\n" for i in range(30)))
     asked, reply = [], LocalModel.reply
     monkeypatch.setattr(LocalModel, "reply", lambda self, texts, *a: (asked.extend(texts), reply(self, texts, *a))[1])  # type: ignore[func-returns-value]
-    verdicts = judge_run(run, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=1))
+    verdicts = judge_run(Run(run), "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=1))
     assert len(asked) == 1
     assert len({v.p_unsafe for v in verdicts}) == 1
     assert [v.exit for v in verdicts] == list(range(30))
@@ -91,7 +92,7 @@ def test_verdicts_of_other_wording_are_not_mixed_in(judged, checkpoints, monkeyp
     reworded = {**GUARDS, "llama-guard-3-8b": replace(guard, last_turn="Is it safe?")}
     monkeypatch.setattr("exitwise.judges.judging.GUARDS", reworded)
     with pytest.raises(UserError, match=r"made with other options \(prompt_sha256"):
-        judge_run(judged, "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
+        judge_run(Run(judged), "llama-guard-3-8b", judging(checkpoints("llama-guard-3-8b"), judge_batch_size=2))
     assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
 
 
@@ -99,7 +100,7 @@ def test_another_model_s_verdicts_are_not_mixed_in(judged, checkpoints):
     before = (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes()
     other = checkpoints("llama-guard-3-8b", "unsafe")
     with pytest.raises(UserError, match=r"made with other options \(model"):
-        judge_run(judged, "llama-guard-3-8b", judging(other, judge_batch_size=2))
+        judge_run(Run(judged), "llama-guard-3-8b", judging(other, judge_batch_size=2))
     assert (judged / "verdicts.llama-guard-3-8b.jsonl").read_bytes() == before
 
 
@@ -115,7 +116,7 @@ RECORDED = {
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_judging_of_an_earlier_release_can_be_resumed(name, tmp_path):
     run = write_run(tmp_path / "run", [])  # nothing to ask, so no model is loaded
-    judge_run(run, name, judging(tmp_path / "nothing"))
+    judge_run(Run(run), name, judging(tmp_path / "nothing"))
     assert json.loads((run / f"judge.{name}.json").read_text())["prompt_sha256"] == RECORDED[name]
 
 

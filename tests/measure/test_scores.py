@@ -1,7 +1,6 @@
 """Figures from scores: means, their intervals, bands, over-refusal beside its contrast."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -21,9 +20,10 @@ from exitwise.measure.scores import (
 )
 from exitwise.run.directory import to_lines
 from exitwise.run.records import Completion, Sample, Score, Verdict
+from exitwise.run.run import Run
 from exitwise.scorers import make_scorer, score_run
 from tests.conftest import ROOT
-from tests.score_setup import TODAY, Length, write_run
+from tests.score_setup import TODAY, Length, write_plan, write_run
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_two_versions_are_not_averaged():
 
 
 def test_a_file_with_two_versions_gives_no_figures(run):
-    score_run(run, Length(), TODAY)
+    score_run(Run(run), Length(), TODAY)
     path = run / "scores.length.jsonl"
     path.write_text(path.read_text().replace("length@1", "length@2", 1))
     with pytest.raises(UserError, match="cannot be averaged"):
@@ -52,7 +52,7 @@ def test_a_file_with_two_versions_gives_no_figures(run):
 
 def test_figures_per_exit_and_band(tmp_path):
     run = write_run(tmp_path / "run", exits=(0, 1, 2), text=lambda i, exit: "x" * (10 * (i + 1) + exit))
-    score_run(run, Length(), TODAY)
+    score_run(Run(run), Length(), TODAY)
     rows = score_table(run)
     assert [(row.metric, row.exit, row.band) for row in rows] == [
         ("TS", 0, "embeddings"), ("TS", 1, "early"), ("TS", 2, "middle"),
@@ -65,8 +65,8 @@ def test_figures_per_exit_and_band(tmp_path):
 
 def test_a_band_is_the_mean_over_its_exits(tmp_path):
     run = write_run(tmp_path / "run", exits=(1, 2), text=lambda i, exit: "x" * (10 * exit + i))
-    (run / "plan.json").write_text(json.dumps({"n_requests": 30, "n_blocks": 6, "default_exit": 5}))
-    score_run(run, Length(value=lambda text: float("nan") if text == "x" * 24 else len(text) / 100), TODAY)
+    write_plan(run, 30, (1, 2), n_blocks=6)
+    score_run(Run(run), Length(value=lambda text: float("nan") if text == "x" * 24 else len(text) / 100), TODAY)
     *exits, band = score_table(run)
     assert [row.value for row in exits] == pytest.approx([12, 21.5])  # 10..14; 20..23 without the one that is none
     assert (band.band, band.exit, band.n, band.unscored) == ("early", None, 9, 1)
@@ -74,7 +74,7 @@ def test_a_band_is_the_mean_over_its_exits(tmp_path):
 
 
 def test_a_scorer_that_is_not_through_is_named_not_averaged(run):
-    score_run(run, Length(), TODAY)
+    score_run(Run(run), Length(), TODAY)
     path = run / "scores.length.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
     assert score_table(run) == []
@@ -140,8 +140,8 @@ def test_controls_are_in_no_mean_and_crossed_images_are_resampled(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "samples.jsonl").write_text(to_lines(samples))
     (run / "completions.jsonl").write_text(to_lines(answers))
-    (run / "plan.json").write_text(json.dumps({"n_requests": len(answers), "n_blocks": 3, "default_exit": 2}))
-    score_run(run, Length(), TODAY)
+    write_plan(run, len(answers), (1,))
+    score_run(Run(run), Length(), TODAY)
     row, band = score_table(run)
     assert (row.n, row.value) == (100, pytest.approx(100 * (0.3 * 0.4 + 0.7 * 0.1)))
     assert row.high - row.low > 14  # three images of ten; by prompt alone all ten are alike, and there is no interval
@@ -183,7 +183,7 @@ def test_every_key_is_documented(run):
     (run / "verdicts.refusal.jsonl").write_text(
         to_lines([Verdict("h0", 1, "refusal", "refused"), Verdict("b0", 1, "refusal", "answered")])
     )
-    score_run(run, make_scorer("vqa-v2"), TODAY)
+    score_run(Run(run), make_scorer("vqa-v2"), TODAY)
     found = write_score_metrics(run)
     keys = found.keys() | found["scores"][0].keys() | found["refusal_contrast"][0].keys()
     text = (ROOT / "docs/reference/metrics.md").read_text()

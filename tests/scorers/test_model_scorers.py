@@ -10,6 +10,7 @@ from exitwise import UserError
 from exitwise.measure.scores import score_table
 from exitwise.run.directory import read_records, to_lines
 from exitwise.run.records import Completion, Sample
+from exitwise.run.run import Run
 from exitwise.scorers import make_scorer, score_run
 from exitwise.scorers.base import ScoredAnswer
 from exitwise.scorers.reward import RewardScorer
@@ -45,7 +46,7 @@ def test_granite_is_the_softmax_of_label_1(hap, run):
     from transformers import AutoModelForSequenceClassification
 
     scorer = make_scorer("granite-guardian-hap", model=str(hap), batch_size=3)
-    scores = score_run(run, scorer, TODAY)
+    scores = score_run(Run(run), scorer, TODAY)
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(hap), text_tokenizer()
     texts = {(c.sample, c.exit): c.text for c in read_records(run / "completions.jsonl", Completion)}
     for score in scores:
@@ -65,10 +66,10 @@ def test_an_answer_that_is_too_long_for_granite_says_so(hap):
 
 
 def test_other_weights_are_another_version(hap, tmp_path, run):
-    score_run(run, make_scorer("granite-guardian-hap", model=str(hap)), TODAY)
+    score_run(Run(run), make_scorer("granite-guardian-hap", model=str(hap)), TODAY)
     other = make_scorer("granite-guardian-hap", model=str(save_hap(tmp_path / "hap", seed=1)))
     with pytest.raises(UserError, match="version"):
-        score_run(run, other, TODAY)
+        score_run(Run(run), other, TODAY)
 
 
 def test_classifiers_that_cannot_be_used(hap, tmp_path):
@@ -112,7 +113,7 @@ class TinyReward:
 
 def test_rewards_of_harmful_requests_and_of_vqa(run):
     reward = TinyReward()
-    scores = score_run(run, RewardScorer("tiny", reward), TODAY)
+    scores = score_run(Run(run), RewardScorer("tiny", reward), TODAY)
     samples = {s.id: s for s in read_records(run / "samples.jsonl", Sample)}
     texts = {(c.sample, c.exit): c.text for c in read_records(run / "completions.jsonl", Completion)}
     assert {samples[s.sample].kind for s in scores} == {"harmful", "vqa"}
@@ -127,7 +128,7 @@ def test_rewards_of_harmful_requests_and_of_vqa(run):
 def test_a_reward_that_is_no_number_costs_only_itself(run):
     path = run / "completions.jsonl"
     path.write_text(path.read_text().replace("Answer 2 at", "Answer 2 @"))
-    scores = score_run(run, RewardScorer("tiny", TinyReward(poison="@")), TODAY)
+    scores = score_run(Run(run), RewardScorer("tiny", TinyReward(poison="@")), TODAY)
     bad = [s for s in scores if s.value is None]
     assert {s.sample for s in bad} == {"h2"}
     assert all(s.reason == "the reward model tiny gave nan" for s in bad)
@@ -135,11 +136,11 @@ def test_a_reward_that_is_no_number_costs_only_itself(run):
 
 
 def test_another_reward_under_the_same_name_is_refused(run):
-    score_run(run, RewardScorer("tiny", TinyReward()), TODAY)
+    score_run(Run(run), RewardScorer("tiny", TinyReward()), TODAY)
     other = TinyReward()
     other.model.score.weight.data *= 1.5
     with pytest.raises(UserError, match="version"):
-        score_run(run, RewardScorer("tiny", other), TODAY)
+        score_run(Run(run), RewardScorer("tiny", other), TODAY)
 
 
 def test_a_published_reward_model_through_the_loader(run, tmp_path):
@@ -147,7 +148,7 @@ def test_a_published_reward_model_through_the_loader(run, tmp_path):
     folder = tmp_path / "rm"
     tiny.model.save_pretrained(folder)
     tiny.tokenizer.save_pretrained(folder)
-    scores = score_run(run, make_scorer(f"reward:{folder}", template="question"), TODAY)
+    scores = score_run(Run(run), make_scorer(f"reward:{folder}", template="question"), TODAY)
     assert len(scores) == 40
     assert all(s.value is not None for s in scores)
 
@@ -180,7 +181,7 @@ def test_detoxify_through_the_real_package(tmp_path, run):
     with pytest.raises(UserError, match="--trust-remote-code"):
         make_scorer("detoxify", model=str(tmp_path / "tiny.ckpt"))
     scorer = make_scorer("detoxify", model=str(tmp_path / "tiny.ckpt"), trust_remote_code=True)
-    scores = score_run(run, scorer, TODAY)
+    scores = score_run(Run(run), scorer, TODAY)
     assert len({s.value for s in scores}) > 1
     assert scores[0].scorer.startswith("detoxify@0.5.4 tiny.ckpt ")
     alone = scorer.score([pair("Answer 0 at 0.")])[0].value  # the package unpacks a list of one
@@ -199,7 +200,7 @@ def test_vqa_v2_lands_as_fractions(run):
     text = (run / "completions.jsonl").read_text()
     text = text.replace('"sample": "v0", "exit": 0, "text": "red"', '"sample": "v0", "exit": 0, "text": ""')
     (run / "completions.jsonl").write_text(text)
-    scores = score_run(run, make_scorer("vqa-v2"), TODAY)
+    scores = score_run(Run(run), make_scorer("vqa-v2"), TODAY)
     assert {(s.sample, s.exit): s.value for s in scores if s.exit < 2} == {
         ("v0", 0): 0, ("v1", 0): 0.9, ("v2", 0): 0.9, ("v3", 0): 0.9, ("v4", 0): None,
         ("v0", 1): 0.9, ("v1", 1): 0.9, ("v2", 1): 0.9, ("v3", 1): 0.9, ("v4", 1): None,

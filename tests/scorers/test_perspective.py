@@ -19,6 +19,7 @@ from exitwise.measure.scores import (
 )
 from exitwise.run.directory import read_records
 from exitwise.run.records import Score
+from exitwise.run.run import Run
 from exitwise.scorers import score_run
 from exitwise.scorers.base import ScoredAnswer
 from exitwise.scorers.perspective import PerspectiveScorer
@@ -87,7 +88,7 @@ def perspective(service, **changes):
 
 def test_what_perspective_is_asked(service, run):
     scorer, _ = perspective(service)
-    scores = score_run(run, scorer, TODAY)
+    scores = score_run(Run(run), scorer, TODAY)
     assert [s.value for s in scores] == [len("Answer 0 at 0.") / 1000] * 20
     path, body = service.requests[0]
     assert path == "/v1alpha1/comments:analyze?key=s3cret+key%2F%2B"
@@ -141,16 +142,16 @@ def test_a_server_that_hangs_up_is_asked_again(service):
 
 def test_busy_for_good_stops_and_goes_on_later(service, run, tmp_path):
     once = write_run(tmp_path / "once")
-    score_run(once, perspective(service)[0], TODAY)
+    score_run(Run(once), perspective(service)[0], TODAY)
     service.script = [reply(0.014)] * 7 + [reply(status=503)] * 8
     scorer, fake = perspective(service)
     with pytest.raises(UserError, match=r"8 tries \(status 503\).*resumes.*31 December 2026"):
-        score_run(run, scorer, TODAY)
+        score_run(Run(run), scorer, TODAY)
     assert sum(fake.slept) < 2 * 64 + 64
     assert len(read_records(run / "scores.perspective.jsonl", Score)) == 7
     assert unfinished(run) == ["perspective (7 of 20)"]
     n_before = len(service.requests)
-    score_run(run, perspective(service)[0], TODAY)
+    score_run(Run(run), perspective(service)[0], TODAY)
     assert len(service.requests) == n_before + 13
     assert contents(run) == contents(once)
 
@@ -178,7 +179,7 @@ def test_busy_for_good_stops_and_goes_on_later(service, run, tmp_path):
 )
 def test_a_malformed_reply_is_kept_as_such(service, run, body):
     service.then = lambda text: reply(0.5) if "Answer 1" in text else reply(body=body)
-    scores = score_run(run, perspective(service)[0], TODAY)
+    scores = score_run(Run(run), perspective(service)[0], TODAY)
     assert len(scores) == 20
     assert [s.value for s in scores if s.sample == "h1"] == [0.5] * 4
     assert all(s.value is None and s.reason for s in scores if s.sample != "h1")
@@ -231,10 +232,10 @@ def test_a_rate_is_above_0(rate):
 
 def test_killed_at_any_moment_scoring_ends_with_the_same_bytes(service, tmp_path):
     """Real kills of a real process that asks a real server."""
-    score_run(write_run(tmp_path / "once"), perspective(service)[0], TODAY)
-    command = "import sys; from pathlib import Path; from exitwise.scorers import score_run;"
+    score_run(Run(write_run(tmp_path / "once")), perspective(service)[0], TODAY)
+    command = "import sys; from exitwise.run.run import Run; from exitwise.scorers import score_run;"
     command += "from exitwise.scorers.perspective import PerspectiveScorer;"
-    command += f"score_run(Path(sys.argv[1]), PerspectiveScorer({service.url!r}, 1000.0), {TODAY!r})"
+    command += f"score_run(Run(sys.argv[1]), PerspectiveScorer({service.url!r}, 1000.0), {TODAY!r})"
     service.delay = 0.02
     for case, requests in enumerate((1, 6, 13)):
         run = write_run(tmp_path / f"kill{case}")

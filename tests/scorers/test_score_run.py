@@ -12,6 +12,7 @@ from exitwise import UserError
 from exitwise.cli.main import entry
 from exitwise.run.directory import read_records, to_lines
 from exitwise.run.records import Completion, Score, Verdict
+from exitwise.run.run import Run
 from exitwise.scorers import score_run
 from exitwise.scorers.base import ScorerInfo
 from tests.score_setup import TODAY, Length, contents, write_run
@@ -41,7 +42,7 @@ def test_nan_in_a_file_is_named_by_its_line(tmp_path):
 
 
 def test_scores_follow_the_answers(run):
-    scores = score_run(run, Length(), TODAY)
+    scores = score_run(Run(run), Length(), TODAY)
     completions = [c for c in read_records(run / "completions.jsonl", Completion) if c.sample.startswith("h")]
     assert [(s.sample, s.exit, s.value) for s in scores] == [(c.sample, c.exit, len(c.text) / 100) for c in completions]
     assert {s.scorer for s in scores} == {"length@1"}
@@ -53,54 +54,54 @@ def test_scores_follow_the_answers(run):
 def test_answers_alike_are_scored_once(tmp_path):
     run = write_run(tmp_path / "run", text=lambda i, exit: "Same.")
     scorer = Length()
-    assert len(score_run(run, scorer, TODAY)) == 20
+    assert len(score_run(Run(run), scorer, TODAY)) == 20
     assert scorer.batches == [["Same."]]
 
 
 def test_what_is_scored_is_not_scored_again(run):
-    score_run(run, Length(), TODAY)
+    score_run(Run(run), Length(), TODAY)
     before = contents(run)
     again = Length()
-    score_run(run, again, "2027-01-01")
+    score_run(Run(run), again, "2027-01-01")
     assert again.batches == []
     assert contents(run) == before
 
 
 def test_cut_anywhere_scoring_ends_with_the_same_bytes(run):
     first = Length()
-    score_run(run, first, TODAY)
+    score_run(Run(run), first, TODAY)
     whole, path, rng = contents(run), run / "scores.length.jsonl", random.Random(0)
     for _ in range(12):
         kept = path.read_bytes()[: rng.randrange(len(whole["scores.length.jsonl"]))]
         path.write_bytes(kept)
         again = Length()
-        score_run(run, again, TODAY)
+        score_run(Run(run), again, TODAY)
         assert contents(run) == whole
         assert again.batches == first.batches[kept.count(b"\n") // 4 :]  # whole batches, as they were
 
 
 def test_a_number_that_is_none_becomes_a_reason(run):
-    scores = score_run(run, Length(value=lambda text: float("nan") if "2" in text else 0.5), TODAY)
+    scores = score_run(Run(run), Length(value=lambda text: float("nan") if "2" in text else 0.5), TODAY)
     assert len(scores) == 20
     assert {(s.value, s.reason) for s in scores} == {(None, "the scorer gave nan"), (0.5, "")}
 
 
 def test_another_version_is_refused_and_loses_nothing(run):
-    score_run(run, Length(), TODAY)
+    score_run(Run(run), Length(), TODAY)
     before = contents(run)
     with pytest.raises(UserError, match=r"made by length@1, this is length@2 .* not averaged"):
-        score_run(run, Length(version="2"), TODAY)
+        score_run(Run(run), Length(version="2"), TODAY)
     with pytest.raises(UserError, match="quantity"):
-        score_run(run, Length(quantity="reward"), TODAY)
+        score_run(Run(run), Length(quantity="reward"), TODAY)
     assert contents(run) == before
 
 
 def test_other_answers_are_refused(run):
-    score_run(run, Length(), TODAY)
+    score_run(Run(run), Length(), TODAY)
     path = run / "completions.jsonl"
     path.write_text(path.read_text().replace("Answer 0 at 1", "Answer 0 at one"))
     with pytest.raises(UserError, match="answers_sha256"):
-        score_run(run, Length(), TODAY)
+        score_run(Run(run), Length(), TODAY)
 
 
 def test_before_the_first_score_a_typo_may_be_corrected(run):
@@ -108,19 +109,19 @@ def test_before_the_first_score_a_typo_may_be_corrected(run):
         raise UserError("no key")
 
     with pytest.raises(UserError, match="no key"):
-        score_run(run, Length(version="typo", value=broken), TODAY)
-    assert {s.scorer for s in score_run(run, Length(), TODAY)} == {"length@1"}
+        score_run(Run(run), Length(version="typo", value=broken), TODAY)
+    assert {s.scorer for s in score_run(Run(run), Length(), TODAY)} == {"length@1"}
 
 
 def test_runs_that_cannot_be_scored(run, tmp_path):
     scorer = Length()
     scorer.info = ScorerInfo("length", "len", "1", "toxicity", ())
     with pytest.raises(UserError, match="no answers of the kind"):
-        score_run(run, scorer, TODAY)
+        score_run(Run(run), scorer, TODAY)
     lines = (run / "completions.jsonl").read_text().splitlines(keepends=True)
     (run / "completions.jsonl").write_text("".join(lines[:7]))
     with pytest.raises(UserError, match="7 of 60 answers; finish it"):
-        score_run(run, Length(), TODAY)
+        score_run(Run(run), Length(), TODAY)
 
 
 def test_the_command(run, capsys):
@@ -143,7 +144,7 @@ def test_the_command(run, capsys):
     [
         (["--scorer", "toxic"], "expected one of: perspective"),
         (["--scorer", "reward:"], "expected one of: perspective"),
-        (["--scorer", "vqa-v2,detoxify", "--model", "x"], "--model belongs to one scorer"),
+        (["--scorer", "vqa-v2,detoxify", "--model", "x"], "--model is for one scorer"),
         (["--scorer", "vqa-v2", "--batch-size", "0"], "--batch-size got 0"),
     ],
 )

@@ -4,7 +4,7 @@ samples -> plan -> completions (batch by batch, on disk before the next starts) 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -16,11 +16,9 @@ from ..data.options import make_config
 from ..data.selection import Selection, load_samples, report_skipped
 from ..errors import UserError
 from ..judges.config import Judging
-from ..measure.bands import read_bands
 from ..run import directory
 from ..run.clock import Clock
 from ..run.progress import Progress, Silent
-from ..run.records import Completion, Sample
 from ..run.run import Run
 from .config import AuditConfig
 
@@ -64,9 +62,9 @@ def audit(
     Raises:
         UserError: an unknown option or bad input, or `out` belongs to another config or another process.
     """
-    from ..measure.metrics import compute_metrics
     from ..report import write_report
     from .generation import generate
+    from .judging import judge_and_measure
 
     asked = _options(model, options)
     config = asked.config
@@ -80,7 +78,7 @@ def audit(
         vlm = None if isinstance(model, str | PathLike | AuditConfig) else model
         run = generate(config, found, folder, progress, clock, vlm=vlm, costs=costs)
         with clock.phase("judge"):
-            judge_and_measure(folder, compute_metrics, judging=judging or asked.judging, progress=progress)
+            judge_and_measure(run, judging=judging or asked.judging, progress=progress)
         with clock.phase("report"):
             write_report(folder)
     return run
@@ -98,56 +96,6 @@ def _options(model: "str | PathLike[str] | Vlm | AuditConfig", options: Mapping[
         raise UserError(f"audit got a loaded model and {', '.join(late)}; give that to load_vlm")
     found = make_config(AuditOptions, {"model": model.name, **options})
     return replace(found, config=replace(found.config, adapter=model.adapter))
-
-
-def judge_and_measure(
-    out: Path,
-    compute_metrics: Callable[..., dict],
-    judges: str | None = None,
-    judging: Judging | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """verdicts.<judge>.jsonl of each judge, and metrics.json by the first, from what is on disk.
-
-    Args:
-        judges: names separated by commas; without them, the run's own.
-    """
-    from ..judges import judge_run, parse_judges
-
-    config = directory.read_json(out / "config.json", "judge", "model", "seed")
-    plan = directory.read_json(out / "plan.json", "n_requests", "default_exit", "n_blocks")
-    n_done = len(directory.read_records(out / "completions.jsonl", Completion))
-    if n_done != plan["n_requests"]:
-        raise UserError(
-            f"{out} holds {n_done} of {plan['n_requests']} answers; finish it with the command that began it"
-        )
-    names = parse_judges(judges or config["judge"])
-    verdicts = [judge_run(out, name, judging, _teller(name, progress or Silent())) for name in names]
-    metrics = compute_metrics(
-        directory.read_records(out / "samples.jsonl", Sample),
-        directory.read_records(out / "completions.jsonl", Completion),
-        verdicts[0],
-        model=config["model"],
-        default_exit=plan["default_exit"],
-        n_blocks=plan["n_blocks"],
-        seed=config["seed"],
-        judge=names[0],
-        bands=read_bands(out, plan["n_blocks"]),
-    )
-    directory.write_json(out / "metrics.json", metrics | {"notice": config.get("notice", "")})
-
-
-def _teller(name: str, progress: Progress) -> Callable[[int, int], None]:
-    """Says every tenth of a judging."""
-    told = 0
-
-    def tell(done: int, total: int) -> None:
-        nonlocal told
-        if done * 10 // total > told:
-            told = done * 10 // total
-            progress.say(f"{name}: {done}/{total} verdicts")
-
-    return tell
 
 
 def _config_json(config: AuditConfig, found: Selection) -> dict[str, object]:

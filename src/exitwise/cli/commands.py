@@ -7,7 +7,7 @@ from typing import Annotated, Protocol
 import tyro
 
 from ..alignment.config import AlignConfig
-from ..auditing.audit import audit, judge_and_measure
+from ..auditing.audit import audit
 from ..auditing.config import AuditConfig
 from ..errors import UserError
 from ..judges import NAMES
@@ -100,13 +100,11 @@ class Judge:
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
-        from ..measure.metrics import compute_metrics
-        from ..report import write_report
+        from ..auditing.judging import judge
 
-        with directory.edit_run(self.run_directory) as folder:
-            with Bar() as bar:
-                judge_and_measure(folder, compute_metrics, self.judge, self.judging, bar)
-            print_answer(folder, write_report(folder))
+        with Bar() as bar:
+            run = judge(self.run_directory, self.judge, judging=self.judging, progress=bar)
+        print_answer(run.path, run.path / "report.html")
 
 
 @dataclass(frozen=True)
@@ -119,47 +117,37 @@ class ScoreCommand:
     run_directory: Annotated[Path, tyro.conf.Positional]
     """Run directory of `exitwise audit`."""
     scorer: str = ""
-    """perspective, detoxify, granite-guardian-hap, reward:<model>, vqa-v2, vqa-v2-always, separated by commas; without
-    any, the figures of what is scored already."""
+    """Scorers, separated by commas: perspective, detoxify, granite-guardian-hap, reward:<model>, vqa-v2, vqa-v2-always.
+    Without any, only the figures of existing scores are computed."""
     model: str | None = None
     """Folder, file or hub id of the weights of detoxify or granite-guardian-hap."""
     batch_size: int | None = None
-    """Answers in a forward pass, for scorers with weights."""
+    """Answers in one forward pass, for scorers with weights."""
     base_url: str | None = None
-    """Another server that speaks the Perspective API."""
+    """Address of a server with the Perspective API. Default: Google's."""
     queries_per_second: float = 1.0
-    """What the Perspective API key may ask."""
+    """Rate limit of the Perspective API key."""
     template: str | None = None
-    """How the reward model wants its texts, where that is not known."""
+    """Text format of a published reward model whose id is not known: human-assistant or question."""
     trust_remote_code: bool = False
-    """Load weights that can carry code (detoxify's pickle files)."""
+    """Load weights that can contain code (detoxify's pickle files)."""
 
     def run(self) -> None:
-        from datetime import UTC, datetime
+        from ..scorers import score
 
-        from ..scorers import make_scorer, score_run
-
-        names = list(dict.fromkeys(word.strip() for word in self.scorer.split(",") if word.strip()))
-        if self.model is not None and len(names) != 1:
-            raise UserError(f"--model belongs to one scorer, --scorer names {len(names)}; score with one at a time")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch-size got {self.batch_size}; expected at least 1")
-        today = datetime.now(UTC).date().isoformat()
-        with directory.edit_run(self.run_directory) as folder, Bar() as bar:
-            for name in names:
-                scorer = make_scorer(
-                    name,
-                    model=self.model,
-                    batch_size=self.batch_size,
-                    base_url=self.base_url,
-                    queries_per_second=self.queries_per_second,
-                    template=self.template,
-                    trust_remote_code=self.trust_remote_code,
-                )
-                if scorer.info.notice:
-                    bar.say(scorer.info.notice)
-                score_run(folder, scorer, today, bar)
-            print_scores(folder)
+        with Bar() as bar:
+            run = score(
+                self.run_directory,
+                self.scorer,
+                model=self.model,
+                batch_size=self.batch_size,
+                base_url=self.base_url,
+                queries_per_second=self.queries_per_second,
+                template=self.template,
+                trust_remote_code=self.trust_remote_code,
+                progress=bar,
+            )
+        print_scores(run)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..run import directory
+from ..run.run import Run
 
 
 class Bar:
@@ -96,19 +97,19 @@ def print_comparison(figures: dict[str, Any], folder: Path) -> None:
     print(f"comparison: {folder / 'compare.html'}")
 
 
-def print_scores(folder: Path) -> None:
-    from ..measure.scores import unfinished, write_score_metrics
+def print_scores(run: Run) -> None:
+    from ..measure.scores import unfinished
 
-    found = write_score_metrics(folder)
+    found: Any = run.read_object("score_metrics.json")
     for row in found["scores"]:
         where = f"{row['band']} band" if row["exit"] is None else f"exit {row['exit']}"
         print(f"{row['metric']:<7}{where:<12}{_figure(row)}  n {row['n']}, unscored {row['unscored']}  {row['scorer']}")
     for row in found["refusal_contrast"]:
         shares = [_share(row[name]) for name in ("refusal", "over_refusal")]
         print(f"exit {row['exit']}: refuses {shares[0]} of harmful and {shares[1]} of harmless requests")
-    for name in unfinished(folder):
-        print(f"not through yet, so in no figure: {name}")
-    print(f"figures: {folder / 'score_metrics.json'}")
+    for name in unfinished(run.path):
+        print(f"unfinished, so left out of the figures: {name}")
+    print(f"figures: {run.path / 'score_metrics.json'}")
 
 
 def _figure(row: dict[str, Any]) -> str:

@@ -1,19 +1,18 @@
-"""The judges. A judge turns a sample and its completion into a verdict; none of them generates again.
+"""Judges: each gives a sample's completion a verdict; none generates an answer again.
 
-refusal              string matcher with a coherence gate (refusal.py, coherence.py), no model
-guards.py            one table of guard models: what each is asked, how its reply is read (parsing.py)
-rubric               any chat model with a rubric (rubric.py)
-local.py             models through transformers; endpoint.py: behind an OpenAI-compatible address
-judging.py           the loop over a run
-vqa.py               right or wrong, for every judge
+refusal.py     string matcher with a coherence gate (coherence.py), no model
+guards.py      table of guard models: the prompt of each, and how its reply is parsed (parsing.py)
+rubric.py      a rubric for any chat model
+asking.py      questions to a judge model: in transformers (local.py) or behind an endpoint (endpoint.py, http_post.py)
+judging.py     applies a judge model to a run
+vqa.py         right or wrong, for every judge
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from ..errors import UserError
-from ..run.directory import read_records, to_lines, write_atomic
 from ..run.records import Completion, Sample, Verdict
+from ..run.run import Run
 from .config import RUBRIC, Judging
 from .guards import GUARDS
 from .judging import judge_with_model
@@ -35,36 +34,33 @@ def parse_judges(names: str) -> tuple[str, ...]:
 
 
 def judge_run(
-    folder: Path,
+    run: Run,
     name: str,
     judging: Judging | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Verdict]:
+) -> tuple[Verdict, ...]:
     """Judges every completion of a run and writes verdicts.<name>.jsonl, in the order of completions.jsonl.
 
-    VQA items are judged by the rule of vqa.py whoever the judge is. The caller holds the run (`runs.open_run` or
-    `runs.edit_run`). A judge that is a model goes on where it was stopped (judging.py).
+    VQA items are judged by the rule of vqa.py, whoever the judge is. The caller holds the run (`directory.open_run` or
+    `directory.edit_run`). A judge that is a model resumes where it was stopped (judging.py).
 
     Args:
-        judging: where the model comes from, for judges that are one.
-        tell: told (completions judged, of how many).
+        judging: options of judges that are models.
+        tell: called with (completions judged, of how many).
 
     Raises:
         UserError: there is no such judge, nothing to judge, or a completion whose sample is not in the run.
     """
     if name not in NAMES:
         raise UserError(f"there is no judge {name!r}; choose one of: {', '.join(NAMES)}")
-    samples = {sample.id: sample for sample in read_records(folder / "samples.jsonl", Sample)}
-    completions = read_records(folder / "completions.jsonl", Completion)
-    if not completions:
-        raise UserError(f"{folder} has no completions to judge; run `exitwise audit` there first")
-    strangers = sorted({c.sample for c in completions} - samples.keys())
-    if strangers:
+    if not run.completions:
+        raise UserError(f"{run.path} has no completions to judge; run `exitwise audit` there first")
+    samples = {sample.id: sample for sample in run.samples}
+    if strangers := sorted({c.sample for c in run.completions} - samples.keys()):
         raise UserError(
-            f"{folder}/completions.jsonl answers samples that samples.jsonl lacks (first: {strangers[0]}); restore it"
+            f"{run.path}/completions.jsonl answers samples that samples.jsonl lacks (first: {strangers[0]}); restore it"
         )
     if name not in JUDGES:
-        return judge_with_model(folder, name, samples, completions, judging or Judging(), tell)
-    verdicts = [JUDGES[name](samples[c.sample], c) for c in completions]
-    write_atomic(folder / f"verdicts.{name}.jsonl", to_lines(verdicts))
-    return verdicts
+        return judge_with_model(run, name, judging or Judging(), tell)
+    run.write_verdicts(name, [JUDGES[name](samples[c.sample], c) for c in run.completions])
+    return run.verdicts[name]

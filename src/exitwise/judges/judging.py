@@ -7,13 +7,15 @@ that was judged before (refusals repeat over the exits) is not judged again.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UserError
 from ..run import directory
 from ..run.provenance import versions
 from ..run.records import Completion, Sample, Verdict
+from ..run.run import Run
+from ..run.typed import Json
 from .asking import EndpointJudge, LocalJudge, ModelJudge, Question, requests_for
 from .config import Judging
 from .endpoint import check_address
@@ -25,14 +27,7 @@ WINDOW = 8
 """Batches in a window: enough to sort by length, few enough to lose to a kill."""
 
 
-def judge_with_model(
-    folder: Path,
-    name: str,
-    samples: dict[str, Sample],
-    completions: Sequence[Completion],
-    judging: Judging,
-    tell: Callable[[int, int], None],
-) -> list[Verdict]:
+def judge_with_model(run: Run, name: str, judging: Judging, tell: Callable[[int, int], None]) -> tuple[Verdict, ...]:
     """Writes verdicts.<name>.jsonl and judge.<name>.json, or resumes them; returns the verdicts.
 
     Args:
@@ -49,8 +44,9 @@ def judge_with_model(
         check_address(judging.judge_endpoint)  # before it is written to a file: it might contain a key
         if reads_image:
             raise UserError(f"{name} reads the image, which is not sent to an endpoint; leave --judge-endpoint out")
-    path = folder / f"verdicts.{name}.jsonl"
-    done = _begin(folder, name, model, judging)
+    path, completions = run.path / f"verdicts.{name}.jsonl", run.completions
+    samples = {sample.id: sample for sample in run.samples}
+    done = _begin(run, name, model, judging)
     if [(v.sample, v.exit) for v in done] != [(c.sample, c.exit) for c in completions[: len(done)]]:
         raise UserError(f"{path} does not follow completions.jsonl; delete it to judge again")
     window = WINDOW * judging.judge_batch_size
@@ -72,7 +68,7 @@ def judge_with_model(
             rows = completions[start : start + window]
             new = [q for q in dict.fromkeys(map(question, rows)) if q and q not in known]
             if new:
-                judge = judge or _load_judge(folder, name, model, judging)
+                judge = judge or _load_judge(run, name, model, judging)
                 known |= zip(new, judge.ask(new), strict=True)
             verdicts = [_verdict(name, samples[c.sample], c, known, question(c)) for c in rows]
             sink.append(verdicts)
@@ -80,32 +76,32 @@ def judge_with_model(
             tell(len(done), len(completions))
     finally:
         sink.close()
-    return done
+        run.keep_verdicts(name, done)
+    return run.verdicts[name]
 
 
-def _begin(folder: Path, name: str, model: str, judging: Judging) -> list[Verdict]:
+def _begin(run: Run, name: str, model: str, judging: Judging) -> list[Verdict]:
     """Returns the verdicts that are there already; writes judge.<name>.json where there are none."""
-    card, path = folder / f"judge.{name}.json", folder / f"verdicts.{name}.jsonl"
-    identity = {
+    card = f"judge.{name}.json"
+    identity: dict[str, Json] = {
         "judge": name,
         "model": model,
         "checkpoint_sha256": _checkpoint(Path(model)),
         "prompt_sha256": _prompt_digest(GUARDS.get(name)),
         "endpoint": judging.judge_endpoint,
         "batch_size": judging.judge_batch_size,
-        "completions_sha256": hashlib.sha256((folder / "completions.jsonl").read_bytes()).hexdigest(),
+        "completions_sha256": hashlib.sha256((run.path / "completions.jsonl").read_bytes()).hexdigest(),
     }
-    verdicts = directory.read_records(path, Verdict)
-    if card.exists() and verdicts:  # without a verdict nothing is lost: a typo may be corrected
-        begun = directory.read_json(card, *identity)
-        if changed := [key for key, value in identity.items() if begun[key] != value]:
+    verdicts, begun = list(run.verdicts.get(name, ())), run.read_object(card)
+    if begun and verdicts:  # without a verdict nothing is lost: a typo may be corrected
+        if changed := [key for key, value in identity.items() if begun.get(key) != value]:
             raise UserError(
-                f"{path} was made with other options ({', '.join(changed)} differ); repeat those to resume it, or "
-                f"delete {card} to judge again"
+                f"{run.path}/verdicts.{name}.jsonl was made with other options ({', '.join(changed)} differ); repeat "
+                f"those to resume it, or delete {run.path / card} to judge again"
             )
         return verdicts
-    directory.write_atomic(path, "")
-    directory.write_json(card, identity | {"versions": versions("torch", "transformers", "tokenizers")})
+    run.write_verdicts(name, [])
+    run.write_object(card, {**identity, "versions": versions("torch", "transformers", "tokenizers")})
     return []
 
 
@@ -144,7 +140,7 @@ def _answer_in(verdict: Verdict) -> JudgeAnswer:
     return JudgeAnswer(parsed, verdict.reply, verdict.p_unsafe, verdict.p_unsafe_raw)
 
 
-def _load_judge(folder: Path, name: str, model: str, judging: Judging) -> ModelJudge:
+def _load_judge(run: Run, name: str, model: str, judging: Judging) -> ModelJudge:
     guard = GUARDS.get(name)
     if judging.judge_endpoint:
         return EndpointJudge(guard, judging.judge_endpoint, model)
@@ -152,13 +148,13 @@ def _load_judge(folder: Path, name: str, model: str, judging: Judging) -> ModelJ
 
     words, marks = (guard.words, guard.marks) if guard else ((), ())
     reads_image = guard is not None and guard.reads_image
-    roots = _image_folders(folder) if reads_image else None
+    roots = _image_folders(run) if reads_image else None
     return LocalJudge(guard, local.load(model, words, marks, reads_image), roots, judging.judge_batch_size)
 
 
-def _image_folders(folder: Path) -> dict[str, Path]:
+def _image_folders(run: Run) -> dict[str, Path]:
     """Folders of the images, by the first part of their names; empty for labelled answers, which are not a run."""
-    path = folder / "config.json"
-    config = directory.read_json(path) if path.exists() else {}
+    config = run.read_object("config.json") or {}
     images = {"file": config["images"]} if config.get("images") else {}
-    return {name: Path(place) for name, place in (images | config.get("image_folders", {})).items()}
+    folders = config.get("image_folders", {})
+    return {name: Path(str(place)) for name, place in (images | (folders if isinstance(folders, dict) else {})).items()}

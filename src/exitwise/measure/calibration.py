@@ -25,6 +25,7 @@ from ..judges.config import Judging
 from ..run import directory
 from ..run.exit import Exit
 from ..run.records import Completion, Label, Sample, Verdict
+from ..run.run import Run
 from . import stats
 from .agreement import cohen_kappa, fleiss_kappa, krippendorff_alpha, pairwise
 from .readings import read_all
@@ -187,7 +188,7 @@ def _ours(judge: str, rows: Sequence[human_labels.LabelledAnswer], judging: Judg
         folder = Path(scratch)
         directory.write_atomic(folder / "samples.jsonl", directory.to_lines(samples))
         directory.write_atomic(folder / "completions.jsonl", directory.to_lines(answers))
-        said = {verdict.sample: verdict.label for verdict in judge_run(folder, judge, judging)}
+        said = {verdict.sample: verdict.label for verdict in judge_run(Run(folder), judge, judging)}
     return [None if said[s.id] == "unscored" else said[s.id] in ATTACKED for s in samples]
 
 

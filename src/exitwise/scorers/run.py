@@ -9,38 +9,74 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from math import isfinite
-from pathlib import Path
+from os import PathLike
 
 from ..errors import UserError
 from ..run import directory
 from ..run.progress import Progress, Silent
-from ..run.records import Completion, Sample, Score
+from ..run.records import Score
+from ..run.run import Run
 from .base import ScoredAnswer, Scorer, ScorerInfo, ScorerInput
+from .factory import make_scorer
 
 
-def answers_of(folder: Path, kinds: Sequence[str]) -> list[ScorerInput]:
-    """Samples of these kinds with their completions, in the order of completions.jsonl.
+def score(
+    run: Run | str | PathLike[str],
+    scorer: str = "",
+    *,
+    model: str | None = None,
+    batch_size: int | None = None,
+    base_url: str | None = None,
+    queries_per_second: float = 1.0,
+    template: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Gives the answers of a run numbers, without its model; `exitwise score`. Stopped scoring is resumed.
+
+    Writes scores.<name>.jsonl and .json of each scorer, and score_metrics.json with the figures of all of them.
+
+    Args:
+        scorer: names separated by commas; "" computes the figures of what is scored already.
+        model: folder, file or hub id of the weights of detoxify or granite-guardian-hap.
+        batch_size: answers in a forward pass, for scorers with weights.
+        base_url: address of a server with the Perspective API; Google's by default.
+        queries_per_second: rate limit of the Perspective API key.
+        template: text format of a published reward model whose id is not known.
+        trust_remote_code: load weights that can carry code (detoxify's pickle files).
 
     Raises:
-        UserError: the run is not finished, or answers a sample that it does not have.
+        UserError: there is no such scorer or it cannot be loaded, or the run cannot be scored by it.
     """
-    plan = directory.read_json(folder / "plan.json", "n_requests", "n_blocks", "default_exit")
-    samples = {sample.id: sample for sample in directory.read_records(folder / "samples.jsonl", Sample)}
-    completions = directory.read_records(folder / "completions.jsonl", Completion)
-    if len(completions) != plan["n_requests"]:
-        raise UserError(
-            f"{folder} holds {len(completions)} of {plan['n_requests']} answers; "
-            "finish it with the command that began it"
-        )
-    if strangers := sorted({c.sample for c in completions} - samples.keys()):
-        raise UserError(
-            f"{folder}/completions.jsonl answers samples that samples.jsonl lacks (first: {strangers[0]}); restore it"
-        )
-    return [(samples[c.sample], c) for c in completions if samples[c.sample].kind in kinds]
+    from ..measure.scores import write_score_metrics
+
+    names = list(dict.fromkeys(word.strip() for word in scorer.split(",") if word.strip()))
+    if model is not None and len(names) != 1:
+        raise UserError(f"--model is for one scorer, --scorer names {len(names)}; score with one at a time")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch-size got {batch_size}; expected at least 1")
+    run, progress, today = Run.open(run), progress or Silent(), datetime.now(UTC).date().isoformat()
+    with directory.edit_run(run.path):
+        for name in names:
+            made = make_scorer(
+                name,
+                model=model,
+                batch_size=batch_size,
+                base_url=base_url,
+                queries_per_second=queries_per_second,
+                template=template,
+                trust_remote_code=trust_remote_code,
+            )
+            if made.info.notice:
+                progress.say(made.info.notice)
+            score_run(run, made, today, progress)
+        write_score_metrics(run.path)
+    return run
 
 
-def score_run(folder: Path, scorer: Scorer, today: str, progress: Progress | None = None) -> list[Score]:
+def score_run(run: Run, scorer: Scorer, today: str, progress: Progress | None = None) -> tuple[Score, ...]:
     """Scores every answer that `scorer` reads and that has no score yet; equal answers are scored once.
 
     A batch is on disk whole, or is cut off and scored again, so a run killed at any moment ends with the same bytes.
@@ -53,12 +89,13 @@ def score_run(folder: Path, scorer: Scorer, today: str, progress: Progress | Non
         UserError: the run is unfinished, has no such answers, or was scored under this name by something else.
     """
     info = scorer.info
-    inputs = answers_of(folder, info.kinds)
+    samples = {sample.id: sample for sample in run.finished().samples}
+    inputs = [(samples[c.sample], c) for c in run.completions if samples[c.sample].kind in info.kinds]
     if not inputs:
-        raise UserError(f"{folder} has no answers of the kind {' or '.join(info.kinds)}, which {info.name} reads")
-    path = folder / f"scores.{info.file_name}.jsonl"
-    written = directory.read_records(path, Score)
-    _claim(path.with_suffix(".json"), info, inputs, today, begun=bool(written))
+        raise UserError(f"{run.path} has no answers of the kind {' or '.join(info.kinds)}, which {info.name} reads")
+    path = run.path / f"scores.{info.file_name}.jsonl"
+    written = list(run.scores.get(info.file_name, ()))
+    _claim(run, info, inputs, today, begun=bool(written))
     order = [(sample.id, completion.exit, info.stamp) for sample, completion in inputs]
     if [(s.sample, s.exit, s.scorer) for s in written] != order[: len(written)]:
         raise UserError(f"{path} does not follow the run's answers; restore it, or delete it to score again")
@@ -83,7 +120,8 @@ def score_run(folder: Path, scorer: Scorer, today: str, progress: Progress | Non
             progress.advance(len(batch))
     finally:
         sink.close()
-    return scores
+        run.keep_scores(info.file_name, scores)
+    return run.scores[info.file_name]
 
 
 def _finite(result: ScoredAnswer) -> ScoredAnswer:
@@ -92,7 +130,7 @@ def _finite(result: ScoredAnswer) -> ScoredAnswer:
     return result
 
 
-def _claim(path: Path, info: ScorerInfo, inputs: Sequence[ScorerInput], today: str, begun: bool) -> None:
+def _claim(run: Run, info: ScorerInfo, inputs: Sequence[ScorerInput], today: str, begun: bool) -> None:
     """Writes scores.<name>.json; after the first score it must agree with the one that is there.
 
     Raises:
@@ -110,13 +148,14 @@ def _claim(path: Path, info: ScorerInfo, inputs: Sequence[ScorerInput], today: s
             }
         )
     )
-    if not path.exists() or not begun:
-        directory.write_json(path, claim)
+    name = f"scores.{info.file_name}.json"
+    found = run.read_object(name)
+    if found is None or not begun:
+        run.write_object(name, claim)
         return
-    found = directory.read_json(path)
     changed = [key for key in claim if key != "begun" and claim[key] != found.get(key)]
     if changed:
         raise UserError(
-            f"{path} was made by {found.get('scorer')}, this is {info.stamp} ({', '.join(changed)} differ); two of "
-            "them are not averaged: move that file and its .jsonl away to score again"
+            f"{run.path / name} was made by {found.get('scorer')}, this is {info.stamp} ({', '.join(changed)} differ); "
+            "two of them are not averaged: move that file and its .jsonl away to score again"
         )
