@@ -9,18 +9,19 @@ import sys
 import pytest
 
 from exitwise import UserError
-from exitwise.cli.main import entry
+from exitwise.cli.commands import entry
+from exitwise.run import directory
 from exitwise.run.directory import read_records, to_lines
 from exitwise.run.records import Completion, Score, Verdict
 from exitwise.run.run import Run
-from exitwise.scorers import score_run
+from exitwise.scorers import score, score_run
 from exitwise.scorers.base import ScorerInfo
 from tests.score_setup import TODAY, Length, contents, write_run
 
 
 def test_a_score_goes_in_and_out_of_json():
-    for score in (Score("a", 3, "x@1", 0.25), Score("a", 0, "x@1", None, "empty answer")):
-        assert Score.from_dict(json.loads(score.to_json())) == score
+    for record in (Score("a", 3, "x@1", 0.25), Score("a", 0, "x@1", None, "empty answer")):
+        assert Score.from_dict(json.loads(record.to_json())) == record
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
@@ -159,3 +160,26 @@ def test_scores_without_weights_need_no_torch():
     code = "import sys, exitwise.measure.scores, exitwise.scorers as s; s.make_scorer('perspective'); "
     code += "s.make_scorer('vqa-v2'); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0
+
+
+def test_from_a_notebook_a_run_is_parsed_once(run, monkeypatch):
+    """`score` returns the run with its scores; what scoring wrote is not parsed again."""
+    parsed = []
+    read = directory.read_records
+    monkeypatch.setattr(directory, "read_records", lambda path, kind: parsed.append(path.name) or read(path, kind))
+    opened = Run.open(run)
+    before = (opened.samples, opened.completions)
+    assert score_run(opened, Length(), TODAY) == opened.scores["length"]
+    assert (opened.samples, opened.completions) == before
+    assert sorted(parsed) == ["completions.jsonl", "samples.jsonl"]
+
+
+def test_score_returns_the_run_with_its_figures(run):
+    found = score(run, "vqa-v2", batch_size=7)
+    assert found.path == run
+    assert len(found.scores["vqa-v2"]) == 20
+    assert {row["metric"] for row in found.read_object("score_metrics.json")["scores"]} == {"AS-UT", "AAS-UT"}
+    assert score(found, "vqa-v2-always") is found
+    assert set(found.scores) == {"vqa-v2", "vqa-v2-always"}
+    with pytest.raises(UserError, match="for one scorer"):
+        score(run, "vqa-v2,detoxify", model="x")
