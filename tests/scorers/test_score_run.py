@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from exitwise import UserError
-from exitwise.cli.commands import entry
+from exitwise.cli.main import entry
 from exitwise.run import directory
 from exitwise.run.directory import read_records, to_lines
 from exitwise.run.records import Completion, Score, Verdict
