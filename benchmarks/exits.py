@@ -1,4 +1,4 @@
-"""What all exits cost beside one encode: one process, measurements alternating.
+"""Measures the cost of all exits relative to one encode: one process, alternating measurements.
 
     clip     24 blocks x 1024 wide, 336 px, one image (random weights): encoding once with the hooks
              that keep every state, over the plain encode; and the same with the replay of all exits' features

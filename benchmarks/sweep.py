@@ -1,14 +1,14 @@
-"""All exits x 40 prompts x 32 new tokens on the testbed: our engine against the two usual ways, in one run.
+"""Times all exits x 40 prompts x 32 new tokens on the testbed: the engine against two usual loops, in one run.
 
     (a) one prompt, one exit at a time, the encoder run again for each (the loop of published demos)
     (b) `generate` in batches of 32 at one exit after the other, the encoder run again for each batch
 
     python benchmarks/sweep.py [--photographs 10] [--prompts 40] [--share-of-a 1.0]
 
-Floor, written down before the first measurement: a forward pass costs 2 x 106.2 M multiply-adds per token in the blocks
+Lower bound, computed before the first measurement: a forward pass costs 2 x 106.2 M multiply-adds per token in the blocks
 and 2 x 28.3 M more where a next token is chosen. With P image tokens in the prefix, prefilled once per (photograph,
-exit), the engine cannot do with fewer operations than `floor_tflop`; at the machine's measured matrix speed that is
-`floor_seconds`. The prediction was 60 % of it.
+exit), the engine needs at least `floor_tflop` operations; at the machine's measured matrix speed that is
+`floor_seconds`. The prediction was that the engine reaches 60 % of this speed.
 
 Prints one JSON object; ratios are of wall time in this run. Answers are compared one by one; where two differ, the
 difference of the two best logits at the first differing token is given (a tie within rounding is below 1e-3).

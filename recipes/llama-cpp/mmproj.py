@@ -1,4 +1,4 @@
-"""The mmproj file of a LLaVA checkpoint with a CLIP or SigLIP tower, for llama.cpp, with the exit carried over.
+"""Writes the mmproj file of a LLaVA checkpoint with a CLIP or SigLIP tower for llama.cpp, the exit included.
 
     python recipes/llama-cpp/mmproj.py FOLDER OUT.gguf
 

@@ -1,4 +1,4 @@
-"""Does llama.cpp say what transformers says for a slim LLaVA? In one environment with exitwise and cyllama 0.2.18.
+"""Compares llama.cpp and transformers on a slim LLaVA, in one environment with exitwise and cyllama 0.2.18.
 
     python recipes/llama-cpp/parity.py SLIM_FOLDER TEXT.gguf [--tokens 16] [--out result.json]
 

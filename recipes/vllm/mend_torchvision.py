@@ -1,5 +1,4 @@
-"""Lets a torchvision wheel that was built for CUDA be imported beside a torch for processors. Run once in vLLM's own
-environment:
+"""Makes a torchvision wheel built for CUDA importable beside a torch for CPUs. Run once in vLLM's own environment:
 
     .venv-vllm/bin/python recipes/vllm/mend_torchvision.py
 

@@ -1,4 +1,4 @@
-"""Does vLLM give the greedy tokens of transformers for a slim checkpoint? Runs in vLLM's environment, without exitwise.
+"""Compares the greedy tokens of vLLM and transformers for a slim checkpoint, in vLLM's environment, without exitwise.
 
     python recipes/vllm/parity.py SLIM_FOLDER [--tokens 16] [--out result.json]
 

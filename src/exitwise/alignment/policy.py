@@ -4,7 +4,7 @@ Encoder and projector stay out of it: image features come from outside (features
 in rollout, ratio, value and reference alike. The reference is the policy with its adapter off, so one language model
 is in memory, whatever is computed.
 
-A row is [head | tail | response], `head` ending with the last image token (engines/hf.py). Rows of one image at one
+A row is [head | tail | response], `head` ending with the last image token (engines/prefix.py). Rows of one image at one
 exit have one head, so its keys and values are computed once, with gradient, and read by all of them: the same numbers
 as row by row (a test holds them to that) at a fraction of the tokens, 576 of about 700 for LLaVA-1.5. Families whose
 prompts cannot be taken apart have empty heads; the model's own forward computes their rows whole.

@@ -1,1 +1,1 @@
-"""Engines turn requests (a sample at an exit) into completions. `hf` runs transformers models; others will follow."""
+"""Engines turn requests (a sample at an exit) into completions, with the models of transformers."""

@@ -1,4 +1,4 @@
-"""Requests, the tokens they become, and the plan of which run together.
+"""Tokenises requests and plans which of them run together.
 
 A plan is made from the requests alone, and a batch is answered whole or not at all, so an interrupted run that skips
 finished batches computes exactly what an uninterrupted one would have.
@@ -29,7 +29,7 @@ class ExitRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen. Temperature 0 is greedy; otherwise every request draws from a generator of its own."""
+    """Decoding options. Temperature 0 is greedy; above it each request draws from its own random generator."""
 
     max_new_tokens: int = 32
     temperature: float = 0.0
@@ -44,7 +44,7 @@ class TokenRow(NamedTuple):
     head: tuple[int, ...]
     tail: tuple[int, ...]
     extras: dict[str, torch.Tensor] = {}  # noqa: RUF012 (never written)
-    """What the family's `generate` needs beside the ids."""
+    """Other inputs of the family's `generate`, by name."""
 
     @property
     def prefix(self) -> tuple[str, Exit, tuple[int, ...]]:
@@ -53,7 +53,7 @@ class TokenRow(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """Prefixes that are in memory together, in the chunks they are computed in, and the batches that read them."""
+    """Prefixes that are in memory together, in chunks of one forward pass each, and the batches that read them."""
 
     chunks: list[list[tuple]]
     batches: list[list[TokenRow]]
@@ -63,7 +63,7 @@ def make_rows(vlm: Vlm, requests: Sequence[ExitRequest], layout: Callable[[str],
     """Tokenises each distinct sample once.
 
     Args:
-        layout: of an image by name; for LLaVA, P.
+        layout: returns the layout of an image by its name; for LLaVA, P.
     """
     parts: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict[str, torch.Tensor]]] = {}
     rows = []
@@ -80,9 +80,9 @@ def make_rows(vlm: Vlm, requests: Sequence[ExitRequest], layout: Callable[[str],
 
 
 def make_plan(rows: Sequence[TokenRow], batch_size: int, prefix_tokens: int) -> list[Wave]:
-    """Waves of at most `prefix_tokens` prefix tokens; in a wave, batches of like length.
+    """Waves of at most `prefix_tokens` prefix tokens; the batches of a wave hold rows of similar length.
 
-    The order depends on nothing but the rows: prefixes by image and exit, rows by the length of their question.
+    The order depends on the rows only: prefixes by image and exit, rows by the length of their question.
     """
     first_seen = {image: i for i, image in reversed(list(enumerate(row.request.sample.image for row in rows)))}
     by_prefix: dict[tuple, list[TokenRow]] = {}
@@ -99,7 +99,7 @@ def make_plan(rows: Sequence[TokenRow], batch_size: int, prefix_tokens: int) -> 
 
 
 def _chunk(prefixes: list[tuple], tokens: int) -> list[list[tuple]]:
-    """Cuts a list of prefixes so that a piece, padded to its longest, has at most `tokens` tokens, or one prefix."""
+    """Splits a list of prefixes into pieces of at most `tokens` tokens, padding included, or of one prefix."""
     pieces: list[list[tuple]] = []
     for prefix in prefixes:
         longest = max([len(prefix[2])] + ([len(p[2]) for p in pieces[-1]] if pieces else []))
@@ -110,7 +110,7 @@ def _chunk(prefixes: list[tuple], tokens: int) -> list[list[tuple]]:
 
 
 def _image_values(vlm: Vlm) -> int:
-    """Values that a row holds of its image beside its tokens: for cross-attention all states, once more while they are
+    """Values per row that belong to its image and not to tokens: for cross-attention all states, twice while they are
     stacked, and their keys and values in every layer that reads them."""
     if not vlm.family.image_in_every_row:
         return 0

@@ -1,4 +1,4 @@
-"""Answers any mix of (sample, exit) requests with a transformers model, each prefix prefilled once.
+"""Answers any mix of (sample, exit) requests, computing each shared prefix once.
 
 The chat of a request is [text + image at exit l] + [question]. All questions about one image at one exit share the
 first part, so its keys and values are computed once (`_prefill`) and copied into the rows of a batch (`_Batch`), which
@@ -48,11 +48,11 @@ __all__ = [
 
 
 LOGITS = 1 << 26
-"""Values of the logits of one forward pass, where those of all tokens are asked for: a quarter of a gigabyte."""
+"""Most values of the logits of one forward pass that returns those of all tokens: a quarter of a gigabyte."""
 
 
 class _Layer(DynamicLayer):
-    """Keys and values in one buffer with room for the whole answer: a step writes its column instead of copying all."""
+    """Keys and values in one buffer with room for the whole answer: a step writes one column and copies nothing."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
         super().__init__()
@@ -128,7 +128,7 @@ class _Batch:
         self.mask = torch.cat([self.mask, self.mask.new_ones((len(tokens), 1))], dim=1)
 
     def compact(self, keep: list[int]) -> None:
-        """Only the given rows go on."""
+        """Keeps the given rows."""
         index = torch.tensor(keep, device=self.vlm.device)
         for layer in self.layers:
             layer.select(index)
@@ -197,7 +197,7 @@ def answer_wave(
 
 
 def _decode(batch: _Batch) -> list[Completion]:
-    """Decodes the batch to its end. Rows that finished leave once they are an eighth of the batch."""
+    """Decodes the batch to its end. Finished rows are removed once they are an eighth of the batch."""
     stop = batch.vlm.stop_ids
     tokens: list[list[int]] = [[] for _ in batch.rows]
     alive = list(range(len(batch.rows)))  # row of each line of the batch
@@ -218,7 +218,7 @@ def _decode(batch: _Batch) -> list[Completion]:
 
 @torch.inference_mode()
 def perplexities(vlm: Vlm, texts: Sequence[str], max_tokens: int = 256) -> list[float | None]:
-    """Perplexity of each text as an answer without image or question, under the language model itself.
+    """Perplexity of each text as an answer without image or question, under the language model.
 
     The text-only model is the reference: it is the same at every exit. exp(mean negative log-likelihood per token) over
     the first `max_tokens` tokens, 4 significant digits; None for a text without tokens.

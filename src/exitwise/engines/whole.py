@@ -1,4 +1,4 @@
-"""Answers batches of any mix of (sample, exit) by the model's own `generate`, every row whole, left-padded.
+"""Answers batches of any mix of (sample, exit) requests by the model's own `generate`, rows whole and left-padded.
 
 For families where the part of a prompt up to its image cannot be computed apart: positions in three dimensions
 (qwen), attention both ways within the image or the whole prompt (paligemma, gemma), cross-attention (mllama), windows.
@@ -33,7 +33,7 @@ def answer_batch(vlm: Vlm, rows: Sequence[TokenRow], features: Features, decodin
 
 
 def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, object]:
-    """What `generate` takes for these rows: ids and mask (B, T), the family's extras, features of the rows' images."""
+    """Arguments of `generate` for these rows: ids and mask (B, T), the family's extras, features of the rows' images."""
     whole = [row.head + row.tail for row in rows]
     longest, device = max(map(len, whole)), vlm.device
     ids = torch.full((len(rows), longest), vlm.tokenizer.pad_token_id or 0, device=device)
@@ -60,10 +60,10 @@ def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict
 
 
 def answered(vlm: Vlm, row: TokenRow, answer: Sequence[int]) -> TokenRow:
-    """The row with an answer behind its prompt, for a forward over both.
+    """The row with an answer after its prompt, for a forward pass over both.
 
-    What the family takes beside ids goes on as in `generate`: an answer is text, read from left to right, and sees of
-    the image what the prompt's last token saw.
+    The family's extras continue as in `generate`: an answer is text with causal attention, and sees the same part of
+    the image as the last token of the prompt.
     """
     extras = dict(row.extras)
     for name in vlm.family.token_inputs:
@@ -78,7 +78,7 @@ def answered(vlm: Vlm, row: TokenRow, answer: Sequence[int]) -> TokenRow:
 
 
 def _per_token(name: str, rows: Sequence[TokenRow], longest: int, device: torch.device) -> torch.Tensor | None:
-    """(B, T, ...) values of the rows, zeros where they are padded; None where no row has more than zeros to say."""
+    """(B, T, ...) values of the rows, zeros where they are padded; None where no row has any."""
     given = [row.extras.get(name) for row in rows]
     shape = max((value.shape[2:] for value in given if value is not None), key=len, default=None)
     if shape is None:
@@ -92,13 +92,13 @@ def _per_token(name: str, rows: Sequence[TokenRow], longest: int, device: torch.
 
 
 def _until(ids: list[int], stop: set[int]) -> list[int]:
-    """The ids up to and with the first that ends an answer."""
+    """The ids up to and including the first that ends an answer."""
     end = next((i + 1 for i, token in enumerate(ids) if token in stop), len(ids))
     return ids[:end]
 
 
 class _Draw(LogitsProcessor):
-    """Makes greedy decoding take the token that the row's own generator draws."""
+    """Makes greedy decoding choose the token that the row's own generator draws."""
 
     def __init__(self, rows: Sequence[TokenRow], decoding: Decoding):
         self.decoding = decoding
@@ -111,7 +111,7 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def _states_once(vlm: Vlm) -> Iterator[None]:
-    """Cross-attention states go in on the first step only; given again, they would be in the cache twice."""
+    """Within it cross-attention states are passed at the first step only; later they would enter the cache twice."""
     prepare = vlm.model.prepare_inputs_for_generation
 
     def first_only(*args: object, is_first_iteration: bool = False, **kwargs: object) -> dict[str, object]:
