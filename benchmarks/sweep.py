@@ -5,7 +5,7 @@
 
     python benchmarks/sweep.py [--photographs 10] [--prompts 40] [--share-of-a 1.0]
 
-Lower bound, computed before the first measurement: a forward pass costs 2 x 106.2 M multiply-adds per token in the blocks
+Lower bound, set before the first measurement: a forward pass costs 2 x 106.2 M multiply-adds per token in the blocks
 and 2 x 28.3 M more where a next token is chosen. With P image tokens in the prefix, prefilled once per (photograph,
 exit), the engine needs at least `floor_tflop` operations; at the machine's measured matrix speed that is
 `floor_seconds`. The prediction was that the engine reaches 60 % of this speed.

@@ -33,7 +33,7 @@ def answer_batch(vlm: Vlm, rows: Sequence[TokenRow], features: Features, decodin
 
 
 def batch_inputs(vlm: Vlm, rows: Sequence[TokenRow], features: Features) -> dict[str, object]:
-    """Arguments of `generate` for these rows: ids and mask (B, T), the family's extras, features of the rows' images."""
+    """Arguments of `generate` for these rows: ids and mask (B, T), the family's extras, features of their images."""
     whole = [row.head + row.tail for row in rows]
     longest, device = max(map(len, whole)), vlm.device
     ids = torch.full((len(rows), longest), vlm.tokenizer.pad_token_id or 0, device=device)
