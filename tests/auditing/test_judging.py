@@ -29,7 +29,12 @@ def test_judging_and_measuring_parse_each_file_once(run, monkeypatch):
     from exitwise.auditing.judging import judge_and_measure
 
     parsed, read = [], directory.read_records
-    monkeypatch.setattr(directory, "read_records", lambda path, kind: parsed.append(path.name) or read(path, kind))
+
+    def recording(path, kind):
+        parsed.append(path.name)
+        return read(path, kind)
+
+    monkeypatch.setattr(directory, "read_records", recording)
     judge_and_measure(Run.open(run))
     assert sorted(parsed) == ["completions.jsonl", "samples.jsonl"]
 

@@ -166,7 +166,12 @@ def test_from_a_notebook_a_run_is_parsed_once(run, monkeypatch):
     """`score` returns the run with its scores; what scoring wrote is not parsed again."""
     parsed = []
     read = directory.read_records
-    monkeypatch.setattr(directory, "read_records", lambda path, kind: parsed.append(path.name) or read(path, kind))
+
+    def recording(path, kind):
+        parsed.append(path.name)
+        return read(path, kind)
+
+    monkeypatch.setattr(directory, "read_records", recording)
     opened = Run.open(run)
     before = (opened.samples, opened.completions)
     assert score_run(opened, Length(), TODAY) == opened.scores["length"]
@@ -178,7 +183,10 @@ def test_score_returns_the_run_with_its_figures(run):
     found = score(run, "vqa-v2", batch_size=7)
     assert found.path == run
     assert len(found.scores["vqa-v2"]) == 20
-    assert {row["metric"] for row in found.read_object("score_metrics.json")["scores"]} == {"AS-UT", "AAS-UT"}
+    assert {row["metric"] for row in json.loads((run / "score_metrics.json").read_text())["scores"]} == {
+        "AS-UT",
+        "AAS-UT",
+    }
     assert score(found, "vqa-v2-always") is found
     assert set(found.scores) == {"vqa-v2", "vqa-v2-always"}
     with pytest.raises(UserError, match="for one scorer"):

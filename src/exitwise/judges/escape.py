@@ -1,9 +1,9 @@
-"""Hostile text made harmless before it goes into a guard's prompt.
+"""Breaks control tokens, fences and turns in untrusted text before it goes into a guard's prompt.
 
 An answer may hold the control tokens of the guard that reads it (`<|eot_id|>`, `</s>`), its fences (`<END
 CONVERSATION>`) or its turns (`Agent:` at the start of a line), and so end its own part of the prompt and forge what
-comes after. Each is broken by one blank behind its first character, or before its colon: a reader sees the same
-words, the tokenizer and the guard no longer see structure. Text without them is passed on as it is, so that the
+comes after. Each gets one blank after its first character, or before its colon: a reader sees the same words,
+the tokenizer and the guard no longer see structure. Text without them is passed on as it is, so that the
 prompt is the published one to the letter.
 """
 

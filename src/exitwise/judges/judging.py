@@ -101,7 +101,8 @@ def _begin(run: Run, name: str, model: str, judging: Judging) -> list[Verdict]:
             )
         return verdicts
     run.write_verdicts(name, [])
-    run.write_object(card, {**identity, "versions": versions("torch", "transformers", "tokenizers")})
+    installed: dict[str, Json] = {**versions("torch", "transformers", "tokenizers")}
+    run.write_object(card, {**identity, "versions": installed})
     return []
 
 

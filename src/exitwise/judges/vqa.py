@@ -1,7 +1,7 @@
-"""Right or wrong: a VQA answer against the accepted ones.
+"""Compares a VQA answer with the accepted answers: correct or wrong.
 
 After Agrawal et al. 2015 (VQA): lower case, no punctuation, no leading article. Departs from it in two ways: an answer
-counts when any accepted answer is met (the built-in sets have one), and it may go on after that ("Yes, there is.").
+is correct when it begins with any accepted answer (the built-in sets have one): "Yes, there is." for "yes".
 """
 
 import re

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ class Run:
         path: the run directory.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | PathLike[str]):
         self.path = Path(path)
         self.verdicts: Mapping[str, tuple[Verdict, ...]] = RecordFiles(self.path, "verdicts", Verdict)
         """By judge, in the order of `completions`."""
@@ -65,7 +66,7 @@ class Run:
         self._objects: dict[str, dict[str, Json] | None] = {}
 
     @classmethod
-    def open(cls, path: "str | Path | Run") -> "Run":
+    def open(cls, path: "str | PathLike[str] | Run") -> "Run":
         """The run in a directory; a `Run` is given back as it is.
 
         Raises:
