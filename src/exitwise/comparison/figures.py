@@ -6,12 +6,13 @@ the keys.
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..measure import stats
-from ..measure.metrics import DRAWS, clusters_of
+from ..measure.metrics import clusters_of
 from ..measure.readings import METRICS, outcome
 from ..model.exit_names import BANDS, band_of
 from ..run.exit import Exit
@@ -180,8 +181,8 @@ def _at_exit(table: Table, column: int, seed: int) -> dict[str, Any] | None:
     paired = _paired(before, after)
     limits = _mean(table, (column,), seed) if table.crossing else paired._asdict()
     return {
-        "before": stats.wilson(int(before.sum()), len(before))._asdict(),
-        "after": stats.wilson(int(after.sum()), len(after))._asdict(),
+        "before": asdict(stats.wilson(int(before.sum()), len(before))),
+        "after": asdict(stats.wilson(int(after.sum()), len(after))),
         **paired._asdict(),
         **{key: limits[key] for key in ("low", "high")},
         "n": len(before),
@@ -208,7 +209,7 @@ def _mean(table: Table, columns: tuple[int, ...], seed: int) -> dict[str, Any]:
     limits = (-1.0, 1.0) if table.metric.unit == "share" else None
     rng = np.random.default_rng(seed)
     found = stats.paired_cluster_bootstrap(
-        after, before, table.clusters, rng, DRAWS, limits=limits, crossing=table.crossing
+        after, before, table.clusters, rng, limits=limits, crossing=table.crossing
     )
     if found.difference is None:
         return {}

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
-from ..measure.metrics import METRICS, SIGNIFICANCE
+from ..measure.readings import METRICS
+from ..measure.stats import SIGNIFICANCE
 from ..model.exit_names import ranges
 
 UTILITY_FELL = 0.01

@@ -1,10 +1,11 @@
-"""Bands of exits that look alike: linear CKA between exits, and the contiguous grouping that fits it best.
+"""Groups exits with similar features into contiguous bands, by linear CKA (centered kernel alignment).
 
 The paper's bands are thirds of the encoder. Where an encoder changes in other places, thirds mix unlike exits;
 `write_bands` puts the grouping into a run, and metrics and tables follow it from then on.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from ..errors import UserError
 from ..model.exit_names import BANDS, ranges, thirds
 from ..run import directory
 from ..run.exit import Exit
+from ..run.run import Run
+from ..run.typed import from_json, to_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,33 +104,39 @@ def group_exits(similarity: np.ndarray, n_groups: int = len(BANDS)) -> list[list
     return groups_found[::-1]
 
 
-def read_bands(folder: Path, n_blocks: int) -> dict[str, tuple[Exit, ...]]:
-    """The bands of bands.json where the run has one, else thirds.
+@dataclass(frozen=True)
+class Bands:
+    """bands.json: contiguous groups of single-layer exits, by name."""
+
+    method: str
+    bands: dict[str, list[int]]
+
+
+def read_bands(run: Run) -> dict[str, tuple[Exit, ...]]:
+    """The bands of bands.json where the run has one, else thirds of the encoder.
 
     Raises:
         UserError: bands.json is not {"bands": {name: [exits of this encoder]}}.
     """
-    path = folder / "bands.json"
-    if not path.exists():
+    n_blocks, found = run.plan.n_blocks, run.read_object("bands.json")
+    if found is None:
         return thirds(n_blocks)
-    bands = directory.read_json(path, "bands")["bands"]
-    groups = list(bands.values()) if isinstance(bands, dict) else [None]
-    exits = [exit_ for group in groups for exit_ in (group if isinstance(group, list) else [None])]
-    if any(type(exit_) is not int or not 0 <= exit_ <= n_blocks for exit_ in exits) or len(set(exits)) < len(exits):
-        raise UserError(f"{path} names bands that are no groups of the exits 0 to {n_blocks}; correct or remove it")
-    return {str(name): tuple(group) for name, group in bands.items()}
+    path = run.path / "bands.json"
+    bands = from_json({"method": "", **found}, Bands, path, "correct or remove it").bands
+    exits = [exit_ for group in bands.values() for exit_ in group]
+    if any(not 0 <= exit_ <= n_blocks for exit_ in exits) or len(set(exits)) < len(exits):
+        raise UserError(f"{path} has an exit twice, or one outside 0 to {n_blocks}; correct or remove the file")
+    return {name: tuple(Exit([exit_]) for exit_ in group) for name, group in bands.items()}
 
 
-def write_bands(
-    folder: Path, vlm: "Vlm", images: Sequence["Image"], n_groups: int = len(BANDS)
-) -> dict[str, list[int]]:
-    """bands.json of a run: its exits grouped by the CKA of what the encoder makes of `images`; returns the bands.
+def write_bands(run: Run | Path | str, vlm: "Vlm", images: Sequence["Image"], n_groups: int = len(BANDS)) -> Bands:
+    """Writes bands.json of a run: its exits grouped by the CKA of their features of `images`.
 
-    Examples are encoder tokens of all images, at most MAX_TOKENS of them, evenly spaced. Three groups keep the names
-    early, middle, late; others are named by their exits. `exitwise judge` measures by them from then on.
+    Examples are encoder tokens of all images, at most MAX_TOKENS of them, evenly spaced. Three groups are named early,
+    middle and late; others are named by their exits. `exitwise judge` measures by these bands from then on.
 
     Raises:
-        UserError: no image, not a run directory, or another number of groups than the encoder can have.
+        UserError: no image, not a run directory, or more groups than the encoder has blocks.
     """
     from ..model.exits import encode
 
@@ -143,7 +152,8 @@ def write_bands(
     step = -(-len(tokens[0]) // MAX_TOKENS)
     groups = group_exits(cka_matrix([rows[::step] for rows in tokens]), n_groups)
     names = BANDS if n_groups == len(BANDS) else [f"exits {ranges(group)}" for group in groups]
-    bands = dict(zip(names, groups, strict=True))
-    with directory.edit_run(folder):
-        directory.write_json(folder / "bands.json", {"method": "linear CKA", "bands": bands})
+    bands = Bands("linear CKA", dict(zip(names, groups, strict=True)))
+    run = Run.open(run)
+    with directory.edit_run(run.path):
+        run.write_object("bands.json", to_json(bands))
     return bands

@@ -11,20 +11,15 @@ from typing import NamedTuple
 import numpy as np
 
 from ..run.exit import Exit
+from ..run.figures import Disparity, Estimate, Interval
 
 CONFIDENCE = 0.95
+DRAWS = 2000
+"""Bootstrap draws of an interval."""
+SHARE = (0.0, 1.0)
+"""Bounds of a share."""
 Z_975 = 1.959963984540054
 """`scipy.special.ndtri(0.975)`, the quantile of two-sided 95 % intervals."""
-
-
-class Interval(NamedTuple):
-    """A share with its interval; value, low and high are None where nothing was measured."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-    successes: int
-    n: int
 
 
 class Difference(NamedTuple):
@@ -37,14 +32,6 @@ class Difference(NamedTuple):
     lost: int
 
 
-class Estimate(NamedTuple):
-    """A figure with a bootstrap interval; None where nothing was measured."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
 class PairedEstimate(NamedTuple):
     """Two paired means, and first minus second with a bootstrap interval; None where nothing was measured, and limits
     of None where the data allow none."""
@@ -54,15 +41,6 @@ class PairedEstimate(NamedTuple):
     difference: float | None
     low: float | None
     high: float | None
-
-
-class Disparity(NamedTuple):
-    """Largest share over smallest, with the exits that have them; `reason` says why there is no ratio."""
-
-    ratio: float | None
-    largest_exit: Exit | None
-    smallest_exit: Exit | None
-    reason: str | None
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> Interval:
@@ -143,11 +121,11 @@ def paired_difference(
 
 
 def _limits(successes: int, n: int, confidence: float) -> tuple[float, float, float]:
-    value, low, high, *_ = wilson(successes, n, confidence)
-    assert value is not None
-    assert low is not None
-    assert high is not None
-    return value, low, high
+    found = wilson(successes, n, confidence)
+    assert found.value is not None
+    assert found.low is not None
+    assert found.high is not None
+    return found.value, found.low, found.high
 
 
 def _newcombe_phi(both: int, gained: int, lost: int, neither: int) -> float:
@@ -174,41 +152,59 @@ def holm(pvalues: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(pvalues, method="holm")[1]]
 
 
-def cluster_bootstrap(
-    outcomes: np.ndarray,
+def bootstrap_mean(
+    values: np.ndarray,
     clusters: Sequence[str],
     rng: np.random.Generator,
-    draws: int = 2000,
+    bounds: tuple[float, float] | None = None,
+    crossing: Sequence[str] | None = None,
+    draws: int = DRAWS,
     confidence: float = CONFIDENCE,
 ) -> Estimate:
-    """Mean over exits of each exit's share, with a percentile interval from resampling whole clusters.
+    """Mean over exits of each exit's mean, with a percentile interval from resampling whole clusters (Efron 1979).
 
-    Where all outcomes are alike no draw differs, and the percentiles would claim certainty; the interval is then
-    Wilson's with one observation a cluster. With mixed outcomes and a single cluster, or clusters that are all alike,
-    there is no interval.
+    Where two clusterings cross (every prompt was asked about several images and vice versa), rows and columns are
+    resampled independently and an observation weighs the product of both draws: the pigeonhole bootstrap of Owen 2007,
+    Ann. Appl. Stat. 1:386-411. It counts the noise of single cells a little more than once, so its intervals are
+    slightly too wide.
+
+    Where all values are equal, all draws are equal too and their percentiles would claim certainty. At a bound of the
+    scale the interval is then Wilson's with one observation per cluster (of all distributions on the scale with this
+    mean, the one with two points has the largest variance); elsewhere there is none. There is none either with a single
+    cluster, or with clusters that are all equal.
 
     Args:
-        outcomes: (S, L) samples by exits, 1 yes, 0 no, NaN not scored.
+        values: (S, L) samples by exits, shares as 1 and 0; NaN not scored.
         clusters: (S,) cluster of each sample, such as its prompt.
+        bounds: smallest and largest value of the scale, where it has them: `SHARE` for shares.
+        crossing: (S,) a second clustering that crosses the first, such as images. The number of clusters is then that
+            of the smaller clustering.
+
+    Raises:
+        ValueError: a value is infinite or outside the bounds.
     """
-    scored = ~np.isnan(outcomes)  # (S, L)
-    names, membership = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    yes = np.zeros((len(names), outcomes.shape[1]))  # (C, L)
-    total = np.zeros_like(yes)
-    np.add.at(yes, membership, np.where(scored, outcomes, 0.0))
-    np.add.at(total, membership, scored)
-    kept = total.sum(axis=1) > 0
-    yes, total = yes[kept], total[kept]
-    n = len(total)
-    if n == 0:
+    scored = ~np.isnan(values)
+    if np.isinf(values).any() or (bounds and not ((values >= bounds[0]) & (values <= bounds[1]) | ~scored).all()):
+        raise ValueError(f"a value is outside {bounds or 'the finite numbers'}")
+    counts, sums = _cluster_sums(clusters, scored, values)
+    if not len(counts):
         return Estimate(None, None, None)
-    value = float(_mean_share(yes.sum(axis=0, keepdims=True), total.sum(axis=0, keepdims=True))[0])
-    if yes.sum() in (0, total.sum()):
-        return Estimate(value, *wilson(n if yes.sum() else 0, n, confidence)[1:3])
+    found, n = values[scored], _n_clusters(scored, counts, crossing)
+    if np.all(found == found[0]):
+        return _all_equal(float(found[0]), n, bounds, confidence)
+    mean = _mean_of_all(sums, counts)
     if n == 1:
+        return Estimate(mean, None, None)
+    drawn = _draw_means(values, sums, counts, clusters, crossing, rng, draws)
+    return Estimate(mean, *percentiles(drawn, confidence))
+
+
+def _all_equal(value: float, n: int, bounds: tuple[float, float] | None, confidence: float) -> Estimate:
+    if bounds is None or value not in bounds:
         return Estimate(value, None, None)
-    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
-    return Estimate(value, *percentiles(_mean_share(weights @ yes, weights @ total), confidence))
+    _, low, high = _limits(n if value == bounds[1] else 0, n, confidence)
+    width = bounds[1] - bounds[0]
+    return Estimate(value, bounds[0] + width * low, bounds[0] + width * high)
 
 
 def paired_cluster_bootstrap(
@@ -216,7 +212,7 @@ def paired_cluster_bootstrap(
     second: np.ndarray,
     clusters: Sequence[str],
     rng: np.random.Generator,
-    draws: int = 2000,
+    draws: int = DRAWS,
     confidence: float = CONFIDENCE,
     limits: tuple[float, float] | None = None,
     crossing: Sequence[str] | None = None,
@@ -232,78 +228,69 @@ def paired_cluster_bootstrap(
     Args:
         first, second: (S, L) samples by exits, outcomes or scores; NaN not scored. A cell counts where both are scored.
         clusters: (S,) cluster of each sample, such as its prompt.
-        limits: least and largest difference that can be: (-1, 1) for shares, None for scores of any size.
-        crossing: (S,) clusters of a second kind that cross the first, such as images: both kinds are resampled, as in
-            `two_way_cluster_bootstrap`, and whichever are fewer count as the clusters.
+        limits: smallest and largest possible difference: (-1, 1) for shares, None for scores of any size.
+        crossing: (S,) a second clustering that crosses the first, as in `bootstrap_mean`.
     """
     scored = ~(np.isnan(first) | np.isnan(second))  # (S, L)
-    index = {name: i for i, name in enumerate(sorted(set(clusters)))}
-    membership = [index[name] for name in clusters]
-    sums = np.zeros((3, len(index), first.shape[1]))  # first, second, cells of each cluster: (3, C, L)
-    for table, values in zip(sums, (first, second, scored), strict=True):
-        np.add.at(table, membership, np.where(scored, values, 0.0))
-    ones, twos, total = sums[:, sums[2].sum(axis=1) > 0]
-    n = len(total)
-    if n == 0:
+    counts, ones, twos = _cluster_sums(clusters, scored, first, second)
+    if not len(counts):
         return PairedEstimate(None, None, None, None, None)
-    whole = total.sum(axis=0, keepdims=True)
-    one, two, difference = (
-        float(_mean_share(t.sum(axis=0, keepdims=True), whole)[0]) for t in (ones, twos, ones - twos)
-    )
-    if crossing is None:
-        weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
-        drawn = _mean_share(weights @ (ones - twos), weights @ total)
-    else:
-        cells, row, column = scored_cells(np.where(scored, first - second, np.nan), clusters, crossing)
-        n = min(n, len(set(column)))
-        drawn = pigeonhole(cells, row, column, rng, draws)
+    one, two, difference = (_mean_of_all(sums, counts) for sums in (ones, twos, ones - twos))
+    n = _n_clusters(scored, counts, crossing)
     if n == 1:
         return PairedEstimate(one, two, difference, None, None)
-    low, high = percentiles(drawn, confidence)
+    cells = np.where(scored, first - second, np.nan)
+    low, high = percentiles(_draw_means(cells, ones - twos, counts, clusters, crossing, rng, draws), confidence)
     if low is None and limits:
         _, _, share = _limits(0, n, confidence)
         low, high = (difference + share * (limit - difference) for limit in limits)
     return PairedEstimate(one, two, difference, low, high)
 
 
-def _mean_share(yes: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """(draws, L) sums and counts to (draws,) means over the exits that have any score; each draw holds a cluster."""
-    measured = total > 0
-    shares = np.where(measured, yes / np.maximum(total, 1), 0.0)
-    return shares.sum(axis=1) / measured.sum(axis=1)
+def _cluster_sums(clusters: Sequence[str], scored: np.ndarray, *tables: np.ndarray) -> np.ndarray:
+    """(1 + K, C, L): number of scored cells, and sums of the K tables over them; clusters without a cell left out."""
+    index = {name: i for i, name in enumerate(sorted(set(clusters)))}
+    membership = np.array([index[name] for name in clusters], dtype=int)
+    sums = np.zeros((1 + len(tables), len(index), scored.shape[1]))
+    for total, values in zip(sums, (scored, *tables), strict=True):
+        np.add.at(total, membership, np.where(scored, values, 0.0))
+    return sums[:, sums[0].sum(axis=1) > 0]
 
 
-def two_way_cluster_bootstrap(
-    outcomes: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
+def _n_clusters(scored: np.ndarray, counts: np.ndarray, crossing: Sequence[str] | None) -> int:
+    """Clusters with a scored cell; of the smaller clustering where two cross."""
+    if crossing is None:
+        return len(counts)
+    return min(len(counts), len({name for name, some in zip(crossing, scored.any(axis=1), strict=True) if some}))
+
+
+def _draw_means(
+    values: np.ndarray,
+    sums: np.ndarray,
+    counts: np.ndarray,
+    clusters: Sequence[str],
+    crossing: Sequence[str] | None,
     rng: np.random.Generator,
-    draws: int = 2000,
-    confidence: float = CONFIDENCE,
-) -> Estimate:
-    """As `cluster_bootstrap` where two clusterings cross: every prompt was asked about several images and vice versa.
+    draws: int,
+) -> np.ndarray:
+    """(draws,) means over exits of resampled clusters; `sums` and `counts`: (C, L) of `values` by cluster."""
+    if crossing is not None:
+        return pigeonhole(*scored_cells(values, clusters, crossing), rng, draws)
+    n = len(counts)
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, C)
+    return _mean_share(weights @ sums, weights @ counts)
 
-    The pigeonhole bootstrap of Owen 2007, "The pigeonhole bootstrap", Ann. Appl. Stat. 1:386-411: rows and columns are
-    resampled independently, and an observation weighs the product of what its row and its column were drawn. It counts
-    the noise of single cells a little more than once, so it errs on the wide side. Draws that hold no scored
-    observation (a table with holes) are left out. Where all outcomes are alike the interval is Wilson's with one
-    observation a row or a column, whichever are fewer; with a single row or column there is no interval.
 
-    Args:
-        outcomes: (S, L) samples by exits, 1 yes, 0 no, NaN not scored.
-        rows, columns: (S,) the clusters of each sample, such as its prompt and its image.
-    """
-    outcomes, row, column = scored_cells(outcomes, rows, columns)
-    if not len(outcomes):
-        return Estimate(None, None, None)
-    n = min(len(set(row)), len(set(column)))
-    scored = ~np.isnan(outcomes)
-    value = float(_mean_share(np.nansum(outcomes, axis=0)[None], scored.sum(axis=0)[None])[0])
-    if np.all(outcomes[scored] == 0) or np.all(outcomes[scored] == 1):
-        return Estimate(value, *wilson(round(value) * n, n, confidence)[1:3])
-    if n == 1:
-        return Estimate(value, None, None)
-    return Estimate(value, *percentiles(pigeonhole(outcomes, row, column, rng, draws), confidence))
+def _mean_of_all(sums: np.ndarray, counts: np.ndarray) -> float:
+    """Mean over exits without resampling; sums and counts (C, L)."""
+    return float(_mean_share(sums.sum(axis=0, keepdims=True), counts.sum(axis=0, keepdims=True))[0])
+
+
+def _mean_share(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """(draws, L) sums and counts to (draws,) means over the exits that have any score; each draw holds a cluster."""
+    measured = counts > 0
+    means = np.where(measured, sums / np.maximum(counts, 1), 0.0)
+    return means.sum(axis=1) / measured.sum(axis=1)
 
 
 def scored_cells(

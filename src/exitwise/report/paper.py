@@ -23,11 +23,10 @@ from ..errors import UserError
 from ..measure import pareto, stats
 from ..measure.metrics import clusters_of
 from ..measure.readings import Reading, outcome, read_all
-from ..measure.scores import DRAWS, bootstrap_mean
-from ..measure.stats import Estimate
 from ..model.exit_names import ranges
 from ..run import directory
 from ..run.exit import Exit
+from ..run.figures import Estimate
 from ..run.records import Completion, Sample, Verdict
 from .markup import RENDERERS, Table
 
@@ -301,9 +300,9 @@ def _mean_score(run: Run, quantity: str, exits: Sequence[Exit]) -> Estimate:
         return Estimate(None, None, None)
     asked = _harmful(run)
     clusters, crossing = clusters_of(asked)
-    bounds = None if quantity == "reward" else (0.0, 1.0)
+    bounds = None if quantity == "reward" else stats.SHARE
     rng = np.random.default_rng(run.seed)
-    return bootstrap_mean(_values(run, quantity, asked, exits), clusters, rng, bounds, crossing=crossing)
+    return stats.bootstrap_mean(_values(run, quantity, asked, exits), clusters, rng, bounds, crossing=crossing)
 
 
 def _change(pair: Sequence[Run], quantity: str, exits: Sequence[Exit]) -> Estimate:
@@ -324,7 +323,7 @@ def _change(pair: Sequence[Run], quantity: str, exits: Sequence[Exit]) -> Estima
         return Estimate(paired.difference, paired.low, paired.high) if paired else Estimate(None, None, None)
     limits = None if quantity == "reward" else (-1.0, 1.0)
     rng = np.random.default_rng(before.seed)
-    found = stats.paired_cluster_bootstrap(new, old, clusters, rng, DRAWS, limits=limits, crossing=crossing)
+    found = stats.paired_cluster_bootstrap(new, old, clusters, rng, limits=limits, crossing=crossing)
     return Estimate(found.difference, found.low, found.high)
 
 
@@ -356,7 +355,7 @@ def _limits(found: Estimate, scale: int, absent: str = NOT_SCORED) -> list[str]:
     """Value, low, high as cells of their own."""
     if found.value is None:
         return [absent] * 3
-    return ["no interval" if x is None else f"{scale * x:.2f}" for x in found]
+    return ["no interval" if x is None else f"{scale * x:.2f}" for x in (found.value, found.low, found.high)]
 
 
 def _figure(found: Estimate, scale: int, absent: str = NOT_SCORED) -> str:

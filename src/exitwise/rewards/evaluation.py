@@ -12,7 +12,8 @@ import torch
 
 from ..data.preferences import Preference
 from ..errors import UserError
-from ..measure.stats import Interval, wilson
+from ..measure.stats import wilson
+from ..run.figures import Interval
 from ..run.directory import write_json
 from ..run.progress import Progress, Silent
 from .loading import load_reward
@@ -38,7 +39,7 @@ class PairMeasures(NamedTuple):
 
 def to_json(measures: Mapping[str, PairMeasures]) -> dict[str, dict[str, object]]:
     """metrics.json: the figures by category."""
-    return {name: {**row._asdict(), "accuracy": row.accuracy._asdict()} for name, row in measures.items()}
+    return {name: {**row._asdict(), "accuracy": asdict(row.accuracy)} for name, row in measures.items()}
 
 
 def evaluate_reward(
