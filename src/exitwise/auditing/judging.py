@@ -48,25 +48,13 @@ def judge_and_measure(
     Args:
         judges: names separated by commas; without them, the judges of the audit.
     """
-    from ..measure.bands import read_bands
-    from ..measure.metrics import compute_metrics
+    from ..measure.metrics import measure
 
     run.finished()
     names = parse_judges(judges or run.config.judge)
     for name in names:
         judge_run(run, name, judging, _reporter(name, progress or Silent()))
-    metrics = compute_metrics(
-        run.samples,
-        run.completions,
-        run.verdicts[names[0]],
-        model=run.config.model,
-        default_exit=run.plan.default_exit,
-        n_blocks=run.plan.n_blocks,
-        seed=run.config.seed,
-        judge=names[0],
-        bands=read_bands(run.path, run.plan.n_blocks),
-    )
-    run.write_object("metrics.json", metrics | {"notice": run.config.notice})
+    measure(run, names[0])
 
 
 def _reporter(name: str, progress: Progress) -> Callable[[int, int], None]:

@@ -199,21 +199,17 @@ class Calibrate:
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
-        from ..measure.calibration import apply, calibrate, lines
+        from ..measure.calibration import calibrate, lines
         from ..report import write_report
 
-        if self.apply and self.out:
-            raise UserError("got --apply and --out; --apply writes into the run, so leave --out away")
-        found = calibrate(self.judge, self.labels, self.humans, self.judging)
+        path = Path(f"calibration.{self.judge.replace(':', '-')}.json")
+        path = self.apply / path if self.apply else self.out or path
+        out = self.out if self.apply else path
+        found = calibrate(self.judge, self.labels, humans=self.humans, apply=self.apply, out=out, judging=self.judging)
         print("\n".join(lines(found)))
         if self.apply:
             with directory.edit_run(self.apply) as folder:
-                path = apply(folder, found)
                 write_report(folder)
-        else:
-            path = self.out or Path(f"calibration.{self.judge.replace(':', '-')}.json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            directory.write_json(path, found.to_json())
         print(f"calibration: {path}")
 
 

@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..run import directory
 from ..run.run import Run
+
+if TYPE_CHECKING:
+    from ..measure.scores import ScoreFigures
 
 
 class Bar:
@@ -53,15 +56,14 @@ class Bar:
 
 
 def print_answer(folder: Path, report: Path) -> None:
-    metrics = directory.read_json(folder / "metrics.json", "answer")
-    print(metrics["answer"]["headline"])
-    print(metrics["answer"]["detail"])
-    from ..measure.calibration import in_words, of_run
+    from ..measure.calibration import find_calibration, in_words
 
-    print(in_words(metrics["judge"], of_run(folder, metrics["judge"], 0)))
-    notice = metrics.get("notice")
-    if notice:
-        print(notice)
+    run = Run.open(folder)
+    print(run.answer.headline)
+    print(run.answer.detail)
+    print(in_words(run.metrics.judge, find_calibration(run, run.metrics.judge)))
+    if run.metrics.notice:
+        print(run.metrics.notice)
     timing = folder / "timing.json"
     if timing.exists():
         phases = directory.read_json(timing, "phases")["phases"]
@@ -98,25 +100,25 @@ def print_comparison(figures: dict[str, Any], folder: Path) -> None:
 
 
 def print_scores(run: Run) -> None:
-    from ..measure.scores import unfinished
+    from ..measure.scores import read_score_metrics, unfinished
 
-    found: Any = run.read_object("score_metrics.json")
-    for row in found["scores"]:
-        where = f"{row['band']} band" if row["exit"] is None else f"exit {row['exit']}"
-        print(f"{row['metric']:<7}{where:<12}{_figure(row)}  n {row['n']}, unscored {row['unscored']}  {row['scorer']}")
-    for row in found["refusal_contrast"]:
-        shares = [_share(row[name]) for name in ("refusal", "over_refusal")]
-        print(f"exit {row['exit']}: refuses {shares[0]} of harmful and {shares[1]} of harmless requests")
-    for name in unfinished(run.path):
+    found = read_score_metrics(run)
+    for row in found.scores:
+        where = f"{row.band} band" if row.exit is None else f"exit {row.exit}"
+        print(f"{row.metric:<7}{where:<12}{_figure(row)}  n {row.n}, unscored {row.unscored}  {row.scorer}")
+    for contrast in found.refusal_contrast:
+        refusal, over_refusal = _share(contrast.refusal), _share(contrast.over_refusal)
+        print(f"exit {contrast.exit}: refuses {refusal} of harmful and {over_refusal} of harmless requests")
+    for name in unfinished(run):
         print(f"unfinished, so left out of the figures: {name}")
     print(f"figures: {run.path / 'score_metrics.json'}")
 
 
-def _figure(row: dict[str, Any]) -> str:
-    if row["value"] is None:
+def _figure(row: "ScoreFigures") -> str:
+    if row.value is None:
         return "not measured"
-    interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['value']:.2f}{interval}"
+    interval = "" if row.low is None else f" [{row.low:.2f}, {row.high:.2f}]"
+    return f"{row.value:.2f}{interval}"
 
 
 def _share(value: float | None) -> str:

@@ -208,9 +208,7 @@ def _mean(table: Table, columns: tuple[int, ...], seed: int) -> dict[str, Any]:
     before, after = table.before[:, columns], table.after[:, columns]
     limits = (-1.0, 1.0) if table.metric.unit == "share" else None
     rng = np.random.default_rng(seed)
-    found = stats.paired_cluster_bootstrap(
-        after, before, table.clusters, rng, limits=limits, crossing=table.crossing
-    )
+    found = stats.paired_cluster_bootstrap(after, before, table.clusters, rng, limits=limits, crossing=table.crossing)
     if found.difference is None:
         return {}
     low, high = found.low, found.high

@@ -204,7 +204,8 @@ def correct(run: Run, calibration: Calibration) -> tuple[CorrectedAsr, ...]:
     judge = calibration.judge
     if judge not in run.verdicts:
         raise UserError(
-            f"{run.path} has no verdicts of {judge!r}, so there is nothing to correct; run `exitwise judge` with it first"
+            f"{run.path} has no verdicts of {judge!r}, so there is no ASR to correct; judge it first with: "
+            f"exitwise judge {run.path} --judge {judge}"
         )
     samples = [sample for sample in run.samples if sample.kind == "harmful"]
     asked = {sample.id for sample in samples if control_of(sample) is None}

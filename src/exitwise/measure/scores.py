@@ -206,3 +206,9 @@ def write_score_metrics(run: Run) -> ScoreMetrics:
     found = ScoreMetrics(score_table(run), contrast)
     run.write_object("score_metrics.json", to_json(found))
     return found
+
+
+def read_score_metrics(run: Run) -> ScoreMetrics:
+    """score_metrics.json of a run that was scored; raises UserError where it is missing or broken."""
+    path = run.path / "score_metrics.json"
+    return from_json(run.read_object(path.name), ScoreMetrics, path, f"write it again with: exitwise score {run.path}")

@@ -16,6 +16,7 @@ from ..run.figures import Disparity, Estimate, Interval
 CONFIDENCE = 0.95
 DRAWS = 2000
 """Bootstrap draws of an interval."""
+SIGNIFICANCE = 0.05
 SHARE = (0.0, 1.0)
 """Bounds of a share."""
 Z_975 = 1.959963984540054

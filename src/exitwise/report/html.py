@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.resources import files
 from math import floor, log10
@@ -21,8 +22,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..auditing.config import AuditConfig
-from ..measure import calibration, metrics, pareto
+from ..measure import calibration, pareto
+from ..measure.answer import UTILITY_LOSS
+from ..model import exit_names
 from ..run.directory import read_json, write_atomic
+from ..run.run import Run
 from . import scatter, svg
 from .judges import disagreement
 from .text import visible
@@ -43,7 +47,9 @@ def write_report(folder: Path) -> Path:
     for row in figures["exits"]:
         row["mark"] = "may stop" if row["exit"] in figures["answer"]["stop_at"] else row["standing"]
     path = folder / "report.html"
-    calibrated = calibration.of_run(folder, figures["judge"], config.get("seed", 0))
+    run = Run.open(folder)
+    if calibrated := calibration.find_calibration(run, figures["judge"]):
+        calibrated = replace(calibrated, exits=calibration.correct(run, calibrated))
     timing = _optional(folder / "timing.json")
     write_atomic(
         path,
@@ -79,7 +85,7 @@ def _render(**values: Any) -> str:
         f"default-src 'none'; script-src '{digest(js)}'; style-src '{digest(css)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    values |= {"icons": svg.ICONS, "limit": ANSWER_LIMIT, "loss": metrics.UTILITY_LOSS, "policy": policy}
+    values |= {"icons": svg.ICONS, "limit": ANSWER_LIMIT, "loss": UTILITY_LOSS, "policy": policy}
     return environment().from_string(template).render(css=Markup(css), js=Markup(js), **values)
 
 
@@ -253,7 +259,7 @@ def number(value: float | None) -> str:
 
 def ranges(exits: Sequence[int]) -> str:
     """4–6, 9."""
-    return metrics.ranges(exits).replace("-", "–") or "none"
+    return exit_names.ranges(exits).replace("-", "–") or "none"
 
 
 def plain(value: Any) -> str:

@@ -4,6 +4,7 @@ Shapes: N pairs.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ import torch
 from ..data.preferences import Preference
 from ..errors import UserError
 from ..measure.stats import wilson
-from ..run.figures import Interval
 from ..run.directory import write_json
+from ..run.figures import Interval
 from ..run.progress import Progress, Silent
 from .loading import load_reward
 from .pairs import load_pairs

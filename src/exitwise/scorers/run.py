@@ -72,7 +72,7 @@ def score(
             if made.info.notice:
                 progress.say(made.info.notice)
             score_run(run, made, today, progress)
-        write_score_metrics(run.path)
+        write_score_metrics(run)
     return run
 
 
