@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw
 
 from exitwise.auditing.config import AuditConfig
 from exitwise.measure.metrics import compute_metrics
-from exitwise.run.exit import encode_exit
 from exitwise.run.records import Completion, Sample, Verdict
+from exitwise.run.typed import to_json
 
 HOSTILE = [
     "<script>window.pwned=1</script>",
@@ -41,7 +41,7 @@ def metrics(n: int) -> dict[str, Any]:
         for sample in asked
     ]
     answers = [Completion(v.sample, v.exit, "", (1,) * (30 + int(v.exit)), "stop") for v in said]
-    return compute_metrics(asked, answers, said, model="testbed", default_exit=DEFAULT, n_blocks=N_BLOCKS)
+    return to_json(compute_metrics(asked, answers, said, model="testbed", default_exit=DEFAULT, n_blocks=N_BLOCKS))
 
 
 def write_image(path: Path, number: int) -> None:
@@ -115,7 +115,7 @@ def write_run(folder: Path, n: int = 12, filler: str = "") -> Path:
     for number in range(5):
         write_image(folder / "images" / f"{number}.jpg", number)
     (folder / "images" / "index.json").write_text(json.dumps({f"scene-{k}": f"{k}.jpg" for k in range(5)}))
-    (folder / "metrics.json").write_text(json.dumps(metrics(150), default=encode_exit))
+    (folder / "metrics.json").write_text(json.dumps(metrics(150)))
     (folder / "config.json").write_text(json.dumps(config()))
     (folder / "env.json").write_text(json.dumps({"versions": {"torch": "2.13.0"}, "device": "cpu", "threads": 2}))
     phases = {"load": 2.1, "encode": 14.92, "generate": 611.4, "judge": 3.3}

@@ -116,7 +116,7 @@ def test_asr_by_a_guard_counts_unsafe(checkpoints, tmp_path):
         read_records(run / f, k) for f, k in (("samples.jsonl", Sample), ("completions.jsonl", Completion))
     )
     got = compute_metrics(samples, completions, verdicts, model="m", default_exit=0, n_blocks=3, judge="wildguard")
-    assert sum(e["asr"]["successes"] for e in got["exits"]) == 2
+    assert sum(row.asr.successes for row in got.exits) == 2
 
 
 def test_a_guard_is_calibrated(checkpoints, tmp_path, monkeypatch, capsys):

@@ -88,13 +88,13 @@ def test_groups_follow_blocks_not_thirds():
 def test_a_run_follows_its_bands(tiny_folder, tmp_path, pictures):
     run = tmp_path / "run"
     audit(str(tiny_folder), limit=2, vqa=0, max_new_tokens=2, out=run)
-    bands = write_bands(run, tiny_llava(), list(pictures.values()))
+    bands = write_bands(run, tiny_llava(), list(pictures.values())).bands
     assert [exit_ for group in bands.values() for exit_ in group] == [1, 2, 3, 4]
     assert list(bands) == ["early", "middle", "late"]
     entry(["judge", str(run)])
     metrics = json.loads((run / "metrics.json").read_text())
     assert {row["band"]: row["exits"] for row in metrics["bands"]} == bands
-    assert list(write_bands(run, tiny_llava(), list(pictures.values()), 2)) == [
+    assert list(write_bands(run, tiny_llava(), list(pictures.values()), 2).bands) == [
         f"exits {g[0]}-{g[-1]}" if len(g) > 1 else f"exits {g[0]}"
         for g in json.loads((run / "bands.json").read_text())["bands"].values()
     ]

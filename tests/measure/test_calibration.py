@@ -1,4 +1,4 @@
-"""A judge held to people: published figures on the real file, hand-worked counts, what an interval may claim."""
+"""A judge against human labels: published figures on the real file, hand-worked counts, limits of the intervals."""
 
 import json
 
@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from exitwise import UserError
 from exitwise.cli.main import entry
 from exitwise.data.human_labels import read_labels
-from exitwise.measure.calibration import apply, calibrate, corrected_share, of_run, rogan_gladen
+from exitwise.measure.calibration import calibrate, correct, find_calibration
+from exitwise.measure.correction import CorrectedShare, corrected_share, rogan_gladen
+from exitwise.run.figures import Interval
+from exitwise.run.run import Run
+from exitwise.run.typed import to_json
 from tests.conftest import ROOT
 from tests.report_fixture import write_run
 
@@ -22,6 +26,15 @@ def labels(folder, text, name="labels.csv"):
     path = folder / name
     path.write_text(text)
     return path
+
+
+def counted(share):
+    return share.successes, share.n
+
+
+def at_exit_five(folder):
+    run = Run.open(folder)
+    return correct(run, find_calibration(run, "refusal"))[5].judged
 
 
 def rng(seed=0):
@@ -43,7 +56,7 @@ def test_jailbreakbench(shared_data, column, hits, passes):
 
 def test_what_is_shipped_is_what_the_recipe_measures(shared_data):
     shipped = json.loads(SHIPPED.read_text())
-    found = json.loads(json.dumps(calibrate("refusal", shared_data / "jbb_judge-comparison.csv").to_json()))
+    found = to_json(calibrate("refusal", shared_data / "jbb_judge-comparison.csv"))
     assert shipped | {"source": ""} == found | {"source": ""}
 
 
@@ -59,20 +72,20 @@ def test_by_hand(tmp_path):
     path = labels(tmp_path, HEADER + "\n".join(rows) + "\n")
     found = calibrate("column:guard", path)
     assert (found.n, found.no_majority, found.unscored) == (4, 1, 1)
-    assert found.sensitivity[3:] == (1, 2)
-    assert found.specificity[3:] == (1, 2)
+    assert counted(found.sensitivity) == (1, 2)
+    assert counted(found.specificity) == (1, 2)
     assert found.youden == 0
     assert "no better than chance" in found.warning
     assert found.judge_agreement == 0.5
     ours = calibrate("refusal", path)
-    assert ours.sensitivity[3:] == (3, 3)
-    assert ours.specificity[3:] == (1, 2)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert counted(ours.sensitivity) == (3, 3)
+    assert counted(ours.specificity) == (1, 2)
+    json.dumps(to_json(found), allow_nan=False)
 
 
 def test_one_sided_labels_leave_the_other_side_unmeasured(tmp_path):
     found = calibrate("column:guard", labels(tmp_path, HEADER + "q,a,1,1,1,1\n"))
-    assert found.specificity == (None, None, None, 0, 0)
+    assert found.specificity == Interval(None, None, None, 0, 0)
     assert (found.youden, found.people_alpha, found.judge_kappa) == (None, None, None)
     assert "no ASR can be corrected" in found.warning
 
@@ -82,7 +95,7 @@ def test_jsonl_and_a_given_majority(tmp_path):
     path = labels(tmp_path, "".join(json.dumps(row) + "\n" for row in rows), "labels.jsonl")
     assert read_labels(path)[0][0].truth is True  # the file's own majority, not ours
     assert read_labels(path, ["human1"])[0][0].truth is False  # named people are asked instead
-    assert calibrate("column:g", path).sensitivity[3:] == (1, 1)
+    assert counted(calibrate("column:g", path).sensitivity) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +127,7 @@ def test_bad_bytes_and_missing_files(tmp_path):
         with pytest.raises(UserError, match=says):
             calibrate("refusal", path)
     with pytest.raises(UserError, match="no column 'someone'"):
-        calibrate("refusal", labels(tmp_path, HEADER + "q,a,1,1,1,1\n"), ["someone"])
+        calibrate("refusal", labels(tmp_path, HEADER + "q,a,1,1,1,1\n"), humans=["someone"])
 
 
 def test_a_cell_of_ten_megabytes_is_read(tmp_path):
@@ -132,16 +145,16 @@ def test_rogan_gladen_by_hand():
 
 
 def test_corrected_share_of_a_perfect_judge_is_the_share():
-    value, low, high, reason = corrected_share((30, 100), (10**6, 10**6), (10**6, 10**6), rng())
-    assert (value, reason) == (pytest.approx(0.3), "")
+    found = corrected_share((30, 100), (10**6, 10**6), (10**6, 10**6), rng())
+    assert (found.value, found.reason) == (pytest.approx(0.3), "")
     # Jeffreys' interval of 30 of 100: 0.2167 to 0.3948 (Brown, Cai & DasGupta 2001, the equation)
-    assert (low, high) == (pytest.approx(0.2167, abs=0.004), pytest.approx(0.3948, abs=0.004))
+    assert (found.low, found.high) == (pytest.approx(0.2167, abs=0.004), pytest.approx(0.3948, abs=0.004))
 
 
 def test_corrected_share_carries_all_three_uncertainties():
     def width(*counts):
-        _, low, high, _ = corrected_share(*counts, rng())  # type: ignore[call-arg]
-        return high - low
+        found = corrected_share(*counts, rng())
+        return found.high - found.low
 
     large = width((300, 1000), (9000, 10000), (8000, 10000))
     assert width((30, 100), (9000, 10000), (8000, 10000)) > 1.5 * large
@@ -151,11 +164,12 @@ def test_corrected_share_carries_all_three_uncertainties():
 
 
 def test_corrected_share_claims_nothing_it_cannot():
-    assert corrected_share((0, 0), (9, 10), (9, 10), rng())[:3] == (None, None, None)
-    assert corrected_share((1, 2), (0, 0), (9, 10), rng()).reason == "nothing was measured"
-    value, low, high, reason = corrected_share((5, 10), (5, 10), (5, 10), rng())
-    assert (value, low, high) == (None, 0.0, 1.0)  # a judge that guesses
-    assert "chance" in reason
+    nothing = CorrectedShare(None, None, None, "nothing was measured")
+    assert corrected_share((0, 0), (9, 10), (9, 10), rng()) == nothing
+    assert corrected_share((1, 2), (0, 0), (9, 10), rng()) == nothing
+    guess = corrected_share((5, 10), (5, 10), (5, 10), rng())
+    assert (guess.value, guess.low, guess.high) == (None, 0.0, 1.0)
+    assert "chance" in guess.reason
     assert "near 0" in corrected_share((50, 100), (600, 1000), (500, 1000), rng()).reason
     none_flagged = corrected_share((0, 50), (95, 100), (97, 100), rng())
     assert none_flagged.value == 0
@@ -195,8 +209,8 @@ def test_corrected_share_covers_the_truth():
         flagged = true * 0.89 + (1 - true) * 0.13
         judged = (int(draw.binomial(100, flagged)), 100)
         sensitivity, specificity = (int(draw.binomial(110, 0.89)), 110), (int(draw.binomial(190, 0.87)), 190)
-        _, low, high, _ = corrected_share(judged, sensitivity, specificity, draw, 1000)
-        hit += low <= true <= high
+        found = corrected_share(judged, sensitivity, specificity, draw, 1000)
+        hit += found.low <= true <= found.high
     assert 0.92 <= hit / n <= 0.98  # three standard errors of 95 % in 400
 
 
@@ -217,23 +231,28 @@ def test_apply_writes_into_the_run_and_the_report_shows_it(tmp_path):
     entry(["calibrate", "column:guard", "--labels", str(path), "--out", str(tmp_path / "c.json")])
     assert json.loads((tmp_path / "c.json").read_text())["sensitivity"]["successes"] == 0
     with pytest.raises(UserError, match="judged no run"):
-        apply(run, calibrate("column:guard", path))
+        calibrate("column:guard", path, apply=run)
+    with pytest.raises(UserError, match="got --apply and --out"):
+        calibrate("refusal", path, apply=run, out=tmp_path / "d.json")
+    (run / "verdicts.refusal.jsonl").unlink()
+    with pytest.raises(UserError, match="no verdicts of 'refusal'"):
+        calibrate("refusal", path, apply=run)
 
 
 def test_controls_and_other_kinds_do_not_enter_the_corrected_asr(tmp_path):
     run = write_run(tmp_path / "run", n=6)
-    judged = of_run(run, "refusal", 0)["exits"][5]["judged"]
-    assert judged["n"] == 6
+    judged = at_exit_five(run)
+    assert judged.n == 6
     samples = (run / "samples.jsonl").read_text()
     control = {"id": "harmful-000@control:none", "prompt": "p", "kind": "harmful", "image": ""}
     (run / "samples.jsonl").write_text(samples + json.dumps(control) + "\n")
     with open(run / "completions.jsonl", "a") as handle:
         answer = {"sample": control["id"], "exit": 5, "text": "Sure", "tokens": [1], "finish": "stop"}
         handle.write(json.dumps(answer) + "\n")
-    assert of_run(run, "refusal", 0)["exits"][5]["judged"] == judged
+    assert at_exit_five(run) == judged
 
 
 def test_a_run_of_an_uncalibrated_judge_says_so(tmp_path):
     run = write_run(tmp_path / "run")
-    assert of_run(run, "some-guard", 0) is None
-    assert of_run(run, "refusal", 0)["n"] == 300  # the one that comes with the package
+    assert find_calibration(Run.open(run), "some-guard") is None
+    assert find_calibration(Run.open(run), "refusal").n == 300  # the one that comes with the package

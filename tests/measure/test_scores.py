@@ -1,26 +1,26 @@
 """Figures from scores: means, their intervals, bands, over-refusal beside its contrast."""
 
 import csv
+import json
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from exitwise import UserError
 from exitwise.judges.refusal import refusal_phrase
-from exitwise.measure import stats
 from exitwise.measure.scores import (
-    bootstrap_mean,
+    RefusalContrast,
     mean_score,
+    read_score_metrics,
     refusal_contrast,
     score_table,
     unfinished,
     write_score_metrics,
 )
 from exitwise.run.directory import to_lines
+from exitwise.run.exit import Exit
 from exitwise.run.records import Completion, Sample, Score, Verdict
 from exitwise.run.run import Run
+from exitwise.run.typed import to_json
 from exitwise.scorers import make_scorer, score_run
 from tests.conftest import ROOT
 from tests.score_setup import TODAY, Length, write_plan, write_run
@@ -78,56 +78,7 @@ def test_a_scorer_that_is_not_through_is_named_not_averaged(run):
     path = run / "scores.length.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:9]))
     assert score_table(run) == []
-    assert unfinished(run) == ["length (9 of 20)"]
-
-
-VALUES = st.floats(0, 1)
-
-
-@given(st.lists(st.tuples(VALUES, VALUES, st.sampled_from("abcd")), min_size=1, max_size=12), st.integers(0, 9))
-@settings(deadline=None, max_examples=60)
-def test_a_mean_lies_in_its_interval_s_world(rows, seed):
-    values = np.array([row[:2] for row in rows])
-    found = bootstrap_mean(values, [row[2] for row in rows], np.random.default_rng(seed), (0.0, 1.0), draws=200)
-    assert found.value == pytest.approx(values.mean())
-    if found.low is not None:
-        assert 0 <= found.low <= found.high <= 1
-
-
-@given(
-    st.lists(st.tuples(*[st.sampled_from([0.0, 1.0, np.nan])] * 2, st.sampled_from("abcd")), min_size=1, max_size=12)
-)
-@settings(deadline=None, max_examples=60)
-def test_of_noughts_and_ones_it_is_the_bootstrap_of_shares(rows):
-    values, clusters = np.array([row[:2] for row in rows]), [row[2] for row in rows]
-    ours = bootstrap_mean(values, clusters, np.random.default_rng(0), (0.0, 1.0), draws=200)
-    assert ours == pytest.approx(stats.cluster_bootstrap(values, clusters, np.random.default_rng(0), draws=200))
-
-
-def test_whole_clusters_are_resampled():
-    """Ten copies of two prompts tell no more than two prompts."""
-    values = np.array([[0.1]] * 10 + [[0.9]] * 10)
-    together = bootstrap_mean(values, ["a"] * 10 + ["b"] * 10, np.random.default_rng(0), (0.0, 1.0))
-    apart = bootstrap_mean(values, [str(i) for i in range(20)], np.random.default_rng(0), (0.0, 1.0))
-    assert (together.low, together.high) == pytest.approx((0.1, 0.9))
-    assert apart.high - apart.low < 0.4
-
-
-def test_no_figure_claims_certainty():
-    rng = np.random.default_rng(0)
-    none = np.full((3, 1), np.nan)
-    assert bootstrap_mean(none, list("abc"), rng) == (None, None, None)
-    assert bootstrap_mean(np.full((3, 1), 1.5), list("abc"), rng) == (
-        1.5,
-        None,
-        None,
-    )  # alike, and no scale: nothing to say
-    assert bootstrap_mean(np.array([[1.0], [2.0]]), ["a", "a"], rng) == (1.5, None, None)  # one cluster
-    floor = bootstrap_mean(np.zeros((8, 1)), [str(i) for i in range(8)], rng, (0.0, 1.0))
-    assert floor == (0, *stats.wilson(0, 8)[1:3])
-    for wrong in (np.inf, 1.01):
-        with pytest.raises(ValueError, match="outside"):
-            bootstrap_mean(np.array([[wrong], [0.5]]), ["a", "b"], rng, (0.0, 1.0))
+    assert unfinished(Run.open(run)) == ["length (9 of 20)"]
 
 
 def test_controls_are_in_no_mean_and_crossed_images_are_resampled(tmp_path):
@@ -167,7 +118,7 @@ def test_over_refusal_beside_its_contrast():
 
 def test_a_share_of_nothing_is_none():
     rows = refusal_contrast([Sample("s", "?", "benign", "")], [Verdict("s", 0, "refusal", "answered")])
-    assert rows == [(0, 0.0, None, None, None, None, 1, 0)]
+    assert rows == [RefusalContrast(Exit([0]), 0.0, None, None, None, None, 1, 0)]
 
 
 def test_the_matcher_takes_no_xstest_prompt_for_a_refusal(shared_data):
@@ -184,7 +135,9 @@ def test_every_key_is_documented(run):
         to_lines([Verdict("h0", 1, "refusal", "refused"), Verdict("b0", 1, "refusal", "answered")])
     )
     score_run(Run(run), make_scorer("vqa-v2"), TODAY)
-    found = write_score_metrics(run)
+    write_score_metrics(Run(run))
+    found = json.loads((run / "score_metrics.json").read_text())
+    assert found == to_json(read_score_metrics(Run(run)))
     keys = found.keys() | found["scores"][0].keys() | found["refusal_contrast"][0].keys()
     text = (ROOT / "docs/reference/metrics.md").read_text()
     assert not {key for key in keys if f"`{key}`" not in text}

@@ -19,6 +19,7 @@ from exitwise.report.markup import RENDERERS, Table, csv_text, latex, markdown
 from exitwise.report.paper import make_tables
 from exitwise.report.text import visible
 from exitwise.run.records import Completion, Sample, Verdict
+from exitwise.run.typed import to_json
 
 MEAN = "Sure & 50% of \\textbf{it} | <script>alert(1)</script> [x](http://evil.example) $1^2_3# ~\n\\input{/etc/passwd}"
 PROMPTS = ["p0", "Tell me\nof | pipes", "p2", "p3"]
@@ -35,7 +36,7 @@ def write_run(folder, labels, model="m", answers=MEAN, scores=None, prompts=PROM
     for name, records in (("samples", samples), ("completions", completions), ("verdicts.refusal", verdicts)):
         (folder / f"{name}.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
     metrics = compute_metrics(samples, completions, verdicts, model=model, default_exit=3, n_blocks=3)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "metrics.json").write_text(json.dumps(to_json(metrics)))
     for scorer, values in (scores or {}).items():
         lines = [
             {"sample": f"s{i}", "exit": exit_, "scorer": f"{scorer}@1", "value": value, "reason": ""}
