@@ -149,7 +149,7 @@ def test_busy_for_good_stops_and_goes_on_later(service, run, tmp_path):
         score_run(Run(run), scorer, TODAY)
     assert sum(fake.slept) < 2 * 64 + 64
     assert len(read_records(run / "scores.perspective.jsonl", Score)) == 7
-    assert unfinished(run) == ["perspective (7 of 20)"]
+    assert unfinished(Run.open(run)) == ["perspective (7 of 20)"]
     n_before = len(service.requests)
     score_run(Run(run), perspective(service)[0], TODAY)
     assert len(service.requests) == n_before + 13

@@ -27,6 +27,7 @@ from ..measure.answer import UTILITY_LOSS
 from ..model import exit_names
 from ..run.directory import read_json, write_atomic
 from ..run.run import Run
+from ..run.typed import to_json
 from . import scatter, svg
 from .judges import disagreement
 from .text import visible
@@ -62,7 +63,7 @@ def write_report(folder: Path) -> Path:
             speed=timing.get("tokens_per_second", {}),
             command=_command(config),
             judges=judges,
-            calibration=calibrated,
+            calibration=calibrated and to_json(calibrated),
             judged_by=calibration.in_words(figures["judge"], calibrated),
             data=Markup(data),
             shown=shown,
