@@ -152,8 +152,8 @@ def test_corrected_share_of_a_perfect_judge_is_the_share():
 
 
 def test_corrected_share_carries_all_three_uncertainties():
-    def width(*counts):
-        found = corrected_share(*counts, rng())
+    def width(judged, sensitivity, specificity):
+        found = corrected_share(judged, sensitivity, specificity, rng())
         return found.high - found.low
 
     large = width((300, 1000), (9000, 10000), (8000, 10000))

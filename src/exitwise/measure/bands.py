@@ -6,7 +6,7 @@ The paper's bands are thirds of the encoder. Where an encoder changes in other p
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -129,7 +129,9 @@ def read_bands(run: Run) -> dict[str, tuple[Exit, ...]]:
     return {name: tuple(Exit([exit_]) for exit_ in group) for name, group in bands.items()}
 
 
-def write_bands(run: Run | Path | str, vlm: "Vlm", images: Sequence["Image"], n_groups: int = len(BANDS)) -> Bands:
+def write_bands(
+    run: Run | str | PathLike[str], vlm: "Vlm", images: Sequence["Image"], n_groups: int = len(BANDS)
+) -> Bands:
     """Writes bands.json of a run: its exits grouped by the CKA of their features of `images`.
 
     Examples are encoder tokens of all images, at most MAX_TOKENS of them, evenly spaced. Three groups are named early,

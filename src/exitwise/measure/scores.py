@@ -133,7 +133,7 @@ def unfinished(run: Run) -> list[str]:
 
 
 def _begun(run: Run) -> list[tuple[_ScorerFile, Sequence[Score]]]:
-    found = []
+    found: list[tuple[_ScorerFile, Sequence[Score]]] = []
     for path in sorted(run.path.glob("scores.*.json")):
         about = from_json(run.read_object(path.name), _ScorerFile, path, "restore it or score the run again")
         found.append((about, run.scores.get(path.name.removeprefix("scores.").removesuffix(".json"), ())))

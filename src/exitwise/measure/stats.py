@@ -262,7 +262,8 @@ def _n_clusters(scored: np.ndarray, counts: np.ndarray, crossing: Sequence[str] 
     """Clusters with a scored cell; of the smaller clustering where two cross."""
     if crossing is None:
         return len(counts)
-    return min(len(counts), len({name for name, some in zip(crossing, scored.any(axis=1), strict=True) if some}))
+    rows: list[bool] = scored.any(axis=1).tolist()
+    return min(len(counts), len({name for name, some in zip(crossing, rows, strict=True) if some}))
 
 
 def _draw_means(
