@@ -209,6 +209,6 @@ def test_vqa_v2_lands_as_fractions(run):
         "the rule needs the answers of 10 people, the sample has 1"
     }
     first = score_table(run)[0]
-    assert first[:4] == ("AS-UT", "vqa-v2@1", 0, "embeddings")
+    assert (first.metric, first.scorer, first.exit, first.band) == ("AS-UT", "vqa-v2@1", 0, "embeddings")
     assert first.value == pytest.approx(100 * 2.7 / 4)
     assert (first.n, first.unscored) == (4, 1)

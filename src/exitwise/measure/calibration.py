@@ -82,9 +82,9 @@ class Calibration:
     """Krippendorff's."""
     people_kappa: float | None
     """Fleiss', over the answers that all of them labelled."""
-    people_agreement: tuple[PairAgreement, ...]
+    people_agreement: list[PairAgreement]
     warning: str
-    exits: tuple[CorrectedAsr, ...] | UnsetType = UNSET
+    exits: list[CorrectedAsr] | UnsetType = UNSET
     """Of the run that it was applied to."""
 
 
@@ -163,7 +163,7 @@ def _compare(
         judge_kappa=cohen_kappa([x for x, _ in scored], [y for _, y in scored]),
         people_alpha=krippendorff_alpha(units),
         people_kappa=fleiss_kappa(units),
-        people_agreement=tuple(PairAgreement(f"{p.first}, {p.second}", p.agreement, p.kappa) for p in pairwise(people)),
+        people_agreement=[PairAgreement(f"{p.first}, {p.second}", p.agreement, p.kappa) for p in pairwise(people)],
         warning=youden_warning(youden),
     )
 
@@ -195,7 +195,7 @@ def _apply(run: Run, calibration: Calibration) -> Calibration:
     return found
 
 
-def correct(run: Run, calibration: Calibration) -> tuple[CorrectedAsr, ...]:
+def correct(run: Run, calibration: Calibration) -> list[CorrectedAsr]:
     """ASR of a run by exit, as its judge gives it and corrected.
 
     Raises:
@@ -217,7 +217,7 @@ def correct(run: Run, calibration: Calibration) -> tuple[CorrectedAsr, ...]:
         judged = sum(label in ATTACKED for label in labels), len(labels)
         rng = np.random.default_rng([run.config.seed, *exit_.layers])
         found.append(CorrectedAsr(exit_, stats.wilson(*judged), corrected_share(judged, se, sp, rng)))
-    return tuple(found)
+    return found
 
 
 def find_calibration(run: Run, judge: str) -> Calibration | None:

@@ -262,8 +262,7 @@ def _n_clusters(scored: np.ndarray, counts: np.ndarray, crossing: Sequence[str] 
     """Clusters with a scored cell; of the smaller clustering where two cross."""
     if crossing is None:
         return len(counts)
-    rows: list[bool] = scored.any(axis=1).tolist()
-    return min(len(counts), len({name for name, some in zip(crossing, rows, strict=True) if some}))
+    return min(len(counts), len({crossing[row] for row in np.flatnonzero(scored.any(axis=1))}))
 
 
 def _draw_means(
