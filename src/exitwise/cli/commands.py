@@ -9,7 +9,6 @@ import tyro
 from ..alignment.config import AlignConfig
 from ..auditing.audit import audit
 from ..auditing.config import AuditConfig
-from ..errors import UserError
 from ..judges import NAMES
 from ..judges.config import Judging
 from ..run import directory

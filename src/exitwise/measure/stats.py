@@ -262,7 +262,7 @@ def _n_clusters(scored: np.ndarray, counts: np.ndarray, crossing: Sequence[str] 
     """Clusters with a scored cell; of the smaller clustering where two cross."""
     if crossing is None:
         return len(counts)
-    return min(len(counts), len({crossing[row] for row in np.flatnonzero(scored.any(axis=1))}))
+    return min(len(counts), len({crossing[int(row)] for row in np.flatnonzero(scored.any(axis=1))}))
 
 
 def _draw_means(
