@@ -13,6 +13,8 @@ from tests.align_setup import CHEAP, config_of
 from tests.alignment.runs import assert_same_bytes, code_of, one_line, rows_of
 from tests.conftest import tiny_llava
 
+pytestmark = pytest.mark.usefixtures("few_questions")
+
 
 @pytest.fixture
 def options(material):

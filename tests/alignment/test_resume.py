@@ -37,6 +37,8 @@ from tests.alignment.runs import (
 )
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.usefixtures("few_questions")
+
 
 def test_a_run_holds_what_it_should(whole):
     out, _ = whole
@@ -103,7 +105,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tiny_folder, material,
     rng = random.Random(SEED)
     out, after = tmp_path / "killed", rng.randrange(1, 5)
     code = (
-        "import pickle, sys; from exitwise import align; "
+        "import pickle, sys; from exitwise import align; from exitwise.alignment import batches; "
+        f"batches.VQA_QUESTIONS = {batches.VQA_QUESTIONS}; "
         "align(pickle.loads(bytes.fromhex(sys.argv[1])), out=sys.argv[2])"
     )
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
