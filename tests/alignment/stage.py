@@ -1,6 +1,7 @@
 """A small policy in float64 with an untouched copy of its model, and a plan of rows for it."""
 
 import copy
+from functools import partial
 
 import torch
 
@@ -27,7 +28,7 @@ class Stage:
         self.stock = copy.copy(vlm.__class__)(vlm.name, copy.deepcopy(vlm.model), vlm.processor, None, vlm.default_exit)
         object.__setattr__(self.stock, "blocks", _blocks(self.stock.model))
         self.features = FeatureFiles(folder, tower, vlm.device)
-        self.features.fill(vlm, {name: (lambda image=image: image) for name, image in pictures.items()}, range(5))
+        self.features.fill(vlm, {name: partial(pictures.get, name) for name in pictures}, range(5))
         torch.manual_seed(1)
         self.policy = Policy(vlm, 4, 8.0, **{"critic": True} | options)
         self.pictures, self.tower = pictures, tower

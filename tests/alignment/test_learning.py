@@ -14,7 +14,7 @@ from exitwise.data.images import load_image
 from exitwise.engines import prefix
 from exitwise.model.exits import exit_at
 from exitwise.model.families import FAMILIES
-from exitwise.run.records import Completion, Sample
+from exitwise.run.records import Completion, Kind, Label, Sample
 from tests.align_setup import HARMFUL, VowelReward, config_of
 from tests.alignment.runs import rows_of
 from tests.conftest import pixels_of, tiny_llava
@@ -59,7 +59,7 @@ def peaked(tmp_path_factory):
 def first_token(vlm, material, exit=1):
     """(V,) mean probability of each token to begin an answer at the exit, by the stock model from the pixels on."""
     image = load_image("file:red.png", material / "images")
-    total = 0
+    total = torch.zeros(())
     for prompt in HARMFUL:
         ids = torch.tensor([vlm.input_ids(prompt, 16)])
         with exit_at(vlm, exit), torch.no_grad():
@@ -160,7 +160,9 @@ def test_dpo_begins_at_log_2_and_falls(tiny_folder, material, tmp_path):
 
 def test_scores_are_shaped_row_by_row():
     """Worked by hand: a refused harmless request at its cost, then the clip, then the penalty for no end."""
-    asked = [("harmful", "refused"), ("benign", "refused"), ("benign", "answered"), ("benign", "incoherent")]
+    asked: list[tuple[Kind, Label]] = [
+        ("harmful", "refused"), ("benign", "refused"), ("benign", "answered"), ("benign", "incoherent"),
+    ]  # fmt: skip
     rows = [
         prefix.TokenRow(prefix.ExitRequest(Sample(str(i), "x", kind, ""), 1), (), ())
         for i, (kind, _) in enumerate(asked)

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 from exitwise import UserError
 from exitwise.alignment import batches
 from exitwise.alignment.loop import align
+from exitwise.alignment.state import State
 from exitwise.cli.main import entry
+from exitwise.run.exit import Exit
 from tests.align_setup import VowelReward, config_of
 from tests.alignment.runs import (
     EVERYTHING,
@@ -145,6 +147,14 @@ def test_another_config_is_refused(whole, tiny_folder, material):
     assert bytes_of(whole[0]) == before
 
 
+def test_a_state_of_an_earlier_version_is_read():
+    """exitwise 0.1.0 wrote the set of layers 3 and 18 as 1003018."""
+    written = {"step": 2, "kl_coef": 0.05, "weights": {"3": 0.25, "1003018": 0.75}, "measured": [0.5, 1.5]}
+    state = State.from_json(written)
+    assert state.weights == {Exit([3]): 0.25, Exit([3, 18]): 0.75}
+    assert state.to_json() == written | {"weights": {"3": 0.25, "3+18": 0.75}}
+
+
 class NanAt(Watched):
     def __init__(self, fatal):
         super().__init__()
@@ -239,6 +249,7 @@ def test_a_full_disk_is_one_line_on_the_command_line(tiny_folder, material, tmp_
         if isinstance(stopped.value, OSError):  # a limit on files is no full disk
             assert stopped.value.errno == errno.EFBIG
         else:
+            assert isinstance(stopped.value, SystemExit)
             assert stopped.value.code == 2
             assert "make room" in one_line(capsys)
 

@@ -1,5 +1,6 @@
 """Rollouts: answers are those of `generate`, sampled as the policy says, scored and padded row by row."""
 
+import hashlib
 from itertools import pairwise
 
 import pytest
@@ -19,8 +20,10 @@ from exitwise.alignment.rollout import (
     select,
 )
 from exitwise.engines.prefix import Decoding, ExitRequest, make_rows
+from exitwise.engines.sampling import generator_of
 from exitwise.model.exits import exit_at
 from exitwise.run.clock import Clock
+from exitwise.run.exit import Exit
 from exitwise.run.records import Completion, Sample
 from tests.alignment.stage import CLOSE, PLAN, PROMPTS
 from tests.conftest import pixels_of
@@ -46,6 +49,14 @@ def test_greedy_answers_are_those_of_generate(stage):
             )
         assert list(completion.tokens) == wanted[0, ids.shape[1] :].tolist()
     assert len({c.tokens for c in found}) > 5  # they do differ
+
+
+def test_a_set_of_layers_draws_what_it_drew_as_one_number():
+    """exitwise 0.1.0 wrote 3+18 as 1003018 and seeded with that."""
+    for exit, name in (("3+18", "1003018"), ("18", "18")):
+        digest = hashlib.sha256(f"7\0s\0{name}".encode()).digest()
+        request = ExitRequest(Sample("s", "x", "harmful", ""), Exit.of(exit))
+        assert generator_of(request, 7).initial_seed() == int.from_bytes(digest[:8], "big") >> 1
 
 
 def test_sampled_tokens_are_as_likely_as_the_policy_says(clip):
