@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .model.vlm import Vlm, describe
     from .report import write_report
     from .rewards.config import RewardConfig
+    from .rewards.evaluation import evaluate_reward
     from .rewards.loading import load_reward
     from .rewards.training import train_reward
     from .run.exit import Exit
@@ -57,6 +58,7 @@ _MODULES = {
     "load_vlm": "model.loading",
     "write_report": "report",
     "RewardConfig": "rewards.config",
+    "evaluate_reward": "rewards.evaluation",
     "load_reward": "rewards.loading",
     "train_reward": "rewards.training",
     "Exit": "run.exit",

@@ -15,7 +15,7 @@ from exitwise.errors import UserError
 from exitwise.rewards import training
 from exitwise.rewards.checkpoint import load_checkpoint
 from exitwise.rewards.config import RewardConfig
-from exitwise.rewards.evaluation import evaluate
+from exitwise.rewards.evaluation import evaluate, evaluate_reward
 from exitwise.rewards.loading import load_reward
 from exitwise.rewards.pairs import split_by_prompt
 from exitwise.rewards.training import batch_order, bradley_terry_loss, lr_at, train_reward
@@ -226,6 +226,17 @@ def test_every_pair_once_an_epoch():
 def test_bad_values_are_named(change, message):
     with pytest.raises(UserError, match=message):
         replace(RewardConfig("x", ("y",)), **change).check()
+
+
+def test_options_are_keywords(tmp_path, tiny_folder, pairs):
+    measures = train_reward(tiny_folder, tmp_path / "run", pairs=pairs, batch_size=8, lr=1e-2)
+    again = evaluate_reward(str(tmp_path / "run"), [pairs], out=tmp_path / "figures.json")
+    assert measures["all"].n < again["all"].n == 40
+    assert json.loads((tmp_path / "run/config.json").read_text())["pairs"] == [pairs]
+    with pytest.raises(UserError, match="did you mean 'batch_size'"):
+        train_reward(tiny_folder, tmp_path / "other", pairs=pairs, batchsize=8)
+    with pytest.raises(UserError, match="a RewardConfig and options"):
+        train_reward(small(tiny_folder, pairs), tmp_path / "other", lr=1e-2)
 
 
 def test_the_command_line(tmp_path, tiny_folder, pairs, capsys):

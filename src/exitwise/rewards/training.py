@@ -19,11 +19,13 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from os import PathLike
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from ..data.options import make_config
 from ..errors import UserError
 from ..model.features import writing
 from ..model.quiet import quiet
@@ -50,13 +52,32 @@ def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Te
     return -torch.nn.functional.logsigmoid(chosen - rejected).mean()
 
 
-def train_reward(config: RewardConfig, out: Path, progress: Progress | None = None) -> dict[str, PairMeasures]:
-    """Trains a reward model in the run folder `out`, or resumes there; returns its figures on the held-out pairs.
+def train_reward(
+    backbone: str | PathLike[str] | RewardConfig,
+    out: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+    **options: object,
+) -> dict[str, PairMeasures]:
+    """Trains a reward model, or resumes a stopped training; returns its figures on the held-out pairs.
+
+        train_reward("testbed", pairs="pairs.jsonl", out="runs/reward")
+
+    Args:
+        backbone: model to train on: "testbed", a folder or a hub id; or a whole `RewardConfig`.
+        out: the run directory; without it, runs/reward-<name of the backbone>.
+        options: the other options of `RewardConfig` as keywords.
 
     Raises:
         UserError: bad input, `out` belongs to another config or other pairs, or the loss is not finite.
     """
+    if not isinstance(backbone, RewardConfig):
+        config = make_config(RewardConfig, {"backbone": backbone, **options})
+    elif options:
+        raise UserError(f"train_reward got a RewardConfig and options ({', '.join(options)}); set them in the config")
+    else:
+        config = backbone
     config.check()
+    out = Path(out) if out is not None else Path("runs", f"reward-{Path(config.backbone).resolve().name}")
     progress = progress or Silent()
     split = load_split(config, progress)
     with directory.open_run(out, json.loads(json.dumps(asdict(config)))):
