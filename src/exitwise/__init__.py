@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .auditing.judging import judge
     from .comparison import compare_runs
     from .errors import UserError
+    from .measure.calibration import calibrate
     from .measure.metrics import compute_metrics
     from .measure.scores import mean_score, score_table
     from .model.costs import exit_costs
@@ -45,6 +46,7 @@ _MODULES = {
     "compare_runs": "comparison",
     "UserError": "errors",
     "judge": "auditing.judging",
+    "calibrate": "measure.calibration",
     "compute_metrics": "measure.metrics",
     "mean_score": "measure.scores",
     "score_table": "measure.scores",

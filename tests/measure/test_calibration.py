@@ -128,6 +128,8 @@ def test_bad_bytes_and_missing_files(tmp_path):
             calibrate("refusal", path)
     with pytest.raises(UserError, match="no column 'someone'"):
         calibrate("refusal", labels(tmp_path, HEADER + "q,a,1,1,1,1\n"), humans=["someone"])
+    with pytest.raises(UserError, match="no option 'judge_modell'"):
+        calibrate("column:guard", labels(tmp_path, HEADER + "q,a,1,1,1,1\n"), judge_modell="x")
 
 
 def test_a_cell_of_ten_megabytes_is_read(tmp_path):

@@ -1,7 +1,7 @@
-"""How far raters agree: people among themselves, a judge with people, judges with each other.
+"""Computes agreement between raters: people, a judge and people, or several judges.
 
 Krippendorff's α is written here because the package that has it is GPL-3; Cohen's and Fleiss' κ are statsmodels'.
-A figure is None where it is not defined, as where nobody ever used a second label: that is no perfect agreement.
+A figure is None where it is undefined, such as where only one label was ever used: that is not perfect agreement.
 """
 
 from collections import Counter

@@ -117,12 +117,12 @@ def calibrate(
         raise UserError("got --apply and --out; --apply writes into the run, so leave --out away")
     if apply is not None and judge.startswith("column:"):
         raise UserError(f"{judge} is a column of the labels file and judged no run; give --apply a judge by its name")
-    path = Path(labels)
+    path, from_options = Path(labels), make_config(Judging, options)
     rows, names = human_labels.read_labels(path, humans)
     verdicts = (
         human_labels.column_labels(rows, judge.removeprefix("column:"), path)
         if judge.startswith("column:")
-        else _ours(judge, rows, judging or make_config(Judging, options))
+        else _ours(judge, rows, judging or from_options)
     )
     found = _compare(judge, path, rows, names, verdicts)
     if out is not None:

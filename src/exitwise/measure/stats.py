@@ -1,4 +1,4 @@
-"""Intervals and tests for shares: what a figure in a report may claim.
+"""Computes intervals and tests of shares and means: Wilson, Newcombe, McNemar, Holm and cluster bootstraps.
 
 Everything random takes a seeded numpy Generator. scipy and statsmodels are imported where they are used: they take
 longer to load than most commands take to run.
