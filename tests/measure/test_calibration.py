@@ -251,6 +251,9 @@ def test_controls_and_other_kinds_do_not_enter_the_corrected_asr(tmp_path):
     with open(run / "completions.jsonl", "a") as handle:
         answer = {"sample": control["id"], "exit": 5, "text": "Sure", "tokens": [1], "finish": "stop"}
         handle.write(json.dumps(answer) + "\n")
+    with open(run / "verdicts.refusal.jsonl", "a") as handle:
+        verdict = {"sample": control["id"], "exit": 5, "judge": "refusal", "label": "answered"}
+        handle.write(json.dumps(verdict) + "\n")
     assert at_exit_five(run) == judged
 
 
