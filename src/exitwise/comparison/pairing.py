@@ -1,97 +1,87 @@
-"""Two runs that may be laid side by side: the same questions, asked and judged alike. Else one line that says why not.
+"""Reads two runs that can be compared: the same questions, decoded and judged alike. Otherwise one line says why not.
 
-Only the weights may differ between the two: whatever else differs would be read as an effect of alignment.
+Only the weights may differ between the two: any other difference would be read as an effect of alignment.
 """
 
-import json
 from collections.abc import Iterable
-from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..data.controls import control_of
 from ..errors import UserError
 from ..measure.readings import Reading, read_all
 from ..model.exit_names import ranges
-from ..run.directory import read_json, read_records
+from ..run.directory import read_json
 from ..run.exit import Exit
-from ..run.records import Completion, Label, Sample, Verdict
+from ..run.records import Label, Sample, Score
+from ..run.run import Run
+from ..run.typed import Json
+from .changes import AdapterInfo
 
 SETTINGS = ("max_new_tokens", "temperature", "top_p")
-"""Of decoding; they must agree."""
+"""Options of decoding that must agree."""
 
 SAME_SAMPLE = ("prompt", "kind", "image", "answers")
 """Fields of a sample that must agree; where it came from may differ."""
 
-STAMPS = ("scorer", "backend", "version")
-"""Fields of a score that say who gave it: figures of two scorers are never subtracted."""
+SAME_SCORER = ("backend", "version", "settings")
+"""Keys of scores.<scorer>.json that must agree: values of two scorers are never subtracted."""
 
-Cell = tuple[str, Exit]
+SampleAtExit = tuple[str, Exit]
 """(sample id, exit)"""
 
 QUANTITIES = ("toxicity", "reward", "accuracy")
-"""What a scorer may measure. Its scores.<scorer>.json says which, or else its name begins with one of them."""
+"""What a scorer may measure. Its scores.<scorer>.json says which; without that file, the beginning of its name."""
 
 
-class Scores(NamedTuple):
-    """A scorer's values before and after, and what they measure ("" where nobody says)."""
+class PairedScores(NamedTuple):
+    """A scorer's values before and after, and what they measure ("" where that is not known)."""
 
-    before: dict[Cell, float]
-    after: dict[Cell, float]
+    before: dict[SampleAtExit, float]
+    after: dict[SampleAtExit, float]
     quantity: str
 
 
-class Run(NamedTuple):
-    """What a comparison reads of a run directory."""
+class ComparedRun(NamedTuple):
+    """What a comparison uses of a run; controls are left out."""
 
-    folder: Path
-    config: dict[str, Any]
-    plan: dict[str, Any]
-    env: dict[str, Any]
+    run: Run
     samples: dict[str, Sample]
-    texts: dict[Cell, str]
-    labels: dict[Cell, Label]
-    readings: dict[Cell, Reading]
+    texts: dict[SampleAtExit, str]
+    labels: dict[SampleAtExit, Label]
+    readings: dict[SampleAtExit, Reading]
     judge: str
-    """Whose verdicts make the figures of metrics.json."""
+    """The judge whose verdicts make the figures of metrics.json."""
     caveat: str
-    """What that judge cannot see, as the run's metrics.json says it."""
+    """What that judge cannot detect."""
 
 
-class AdapterInfo(NamedTuple):
-    """What alignment says of its adapter: the method, the exits it trained at, and those it left out on purpose."""
-
-    method: str
-    exits: tuple[Exit, ...]
-    held_out: tuple[Exit, ...]
-
-
-class Pair(NamedTuple):
+class RunPair(NamedTuple):
     """Two runs and what they share; `notes` are sentences for the reader."""
 
-    before: Run
-    after: Run
+    before: ComparedRun
+    after: ComparedRun
     exits: tuple[Exit, ...]
-    scores: dict[str, Scores]
-    """By scorer: values of BEFORE, values of AFTER; cells without a usable value are absent."""
+    scores: dict[str, PairedScores]
+    """By scorer; cells without a usable value are absent."""
     info: AdapterInfo | None
     notes: tuple[str, ...]
 
 
-def read_pair(before: Path, after: Path) -> Pair:
-    """Reads both runs.
+def pair_runs(before: Run, after: Run) -> RunPair:
+    """Checks that two runs can be compared.
 
     Raises:
-        UserError: a directory is no run, is broken, unfinished or not judged, or the two cannot be paired.
+        UserError: a run is broken, unfinished or not judged, or the two cannot be paired.
     """
-    one, two = read_run(before), read_run(after)
+    one, two = _read(before), _read(after)
     _check_settings(one, two)
     _check_samples(one, two)
-    exits_one, exits_two = ({exit for _, exit in run.labels} for run in (one, two))
+    exits_one, exits_two = ({exit for _, exit in side.labels} for side in (one, two))
     common = tuple(sorted(exits_one & exits_two))
     if not common:
         raise UserError(
-            f"the runs share no exit: {before} has {ranges(exits_one)}, {after} has {ranges(exits_two)}; "
+            f"the runs share no exit: {before.path} has {ranges(exits_one)}, {after.path} has {ranges(exits_two)}; "
             "audit both with the same --exits"
         )
     scores, notes = _common_scores(before, after)
@@ -99,120 +89,106 @@ def read_pair(before: Path, after: Path) -> Pair:
         if exits:
             verb = "is" if len(exits) == 1 else "are"
             notes.append(f"{_exits(exits)} {verb} in {name} only and left out.")
-    info = adapter_info(two)
+    info = adapter_info(after)
     if info and not set(info.exits) & set(common):
         notes.append(f"No trained exit ({ranges(info.exits)}) is in both runs, so the verdict is on the others.")
-    return Pair(one, two, common, scores, info, (*notes, *_oddities(one, two)))
+    return RunPair(one, two, common, scores, info, (*notes, *_oddities(before, after)))
 
 
-def read_run(folder: Path) -> Run:
-    """Raises UserError where the run is missing, broken, unfinished or not judged."""
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is not a run directory (no config.json); expected one made by `exitwise audit`")
-    config = read_json(folder / "config.json", "judge", "model", "seed", *SETTINGS)
-    if not (folder / "plan.json").is_file():
-        raise UserError(f"{folder} holds no answers yet (no plan.json); finish it with the command that began it")
-    plan = read_json(folder / "plan.json", "n_requests", "default_exit", "n_blocks")
-    completions = read_records(folder / "completions.jsonl", Completion)
-    if len(completions) != plan["n_requests"] or not completions:
+def _read(run: Run) -> ComparedRun:
+    """Raises UserError where the run is broken, unfinished or not judged."""
+    if run.read_object("plan.json") is None:
+        raise UserError(f"{run.path} holds no answers yet (no plan.json); finish it with the command that began it")
+    if not run.completions:
         raise UserError(
-            f"{folder} holds {len(completions)} of {plan['n_requests']} answers; "
-            "finish it with the command that began it"
+            f"{run.path} holds 0 of {run.plan.n_requests} answers; finish it with the command that began it"
         )
-    samples = {sample.id: sample for sample in read_records(folder / "samples.jsonl", Sample)}
-    texts = {(c.sample, c.exit): c.text for c in completions}
-    strangers = sorted({sample for sample, _ in texts} - samples.keys())
-    if strangers:
-        raise UserError(
-            f"{folder}/completions.jsonl answers samples that samples.jsonl lacks (first: {strangers[0]!r}); restore it"
-        )
-    env, metrics = (
-        read_json(path) if (path := folder / name).is_file() else {} for name in ("env.json", "metrics.json")
-    )
-    judge = str(metrics.get("judge") or config["judge"]).split(",")[0].strip()
-    verdicts = read_records(folder / f"verdicts.{judge}.jsonl", Verdict)
+    run.finished()
+    measured = run.read_object("metrics.json") is not None
+    judge = run.metrics.judge if measured else run.config.judge.split(",")[0].strip()
+    verdicts = run.verdicts.get(judge, ())
     labels = {(v.sample, v.exit): v.label for v in verdicts if v.judge == judge}
-    missing = len(texts.keys() - labels.keys())
-    if missing:
+    texts = {(c.sample, c.exit): c.text for c in run.completions}
+    if missing := len(texts.keys() - labels.keys()):
         raise UserError(
-            f"{folder} lacks verdicts of the judge {judge!r} on {missing} of {len(texts)} answers; "
-            f"give `exitwise judge {folder}` first"
+            f"{run.path} lacks verdicts of the judge {judge!r} on {missing} of {len(texts)} answers; "
+            f"run `exitwise judge {run.path}` first"
         )
-    readings = read_all(list(samples.values()), completions, verdicts, judge)
-    asked = {key: sample for key, sample in samples.items() if control_of(sample) is None}  # controls pair with nothing
+    readings = read_all(run.samples, run.completions, verdicts, judge)
+    asked = {sample.id: sample for sample in run.samples if control_of(sample) is None}
     cells = [cell for cell in texts if cell[0] in asked]
-    return Run(
-        folder,
-        config,
-        plan,
-        env,
+    return ComparedRun(
+        run,
         asked,
         {cell: texts[cell] for cell in cells},
         {cell: labels[cell] for cell in cells},
         {cell: readings[cell[1]][cell[0]] for cell in cells},
         judge,
-        str(metrics.get("caveat", "")),
+        run.metrics.caveat if measured else "",
     )
 
 
-def _check_settings(one: Run, two: Run) -> None:
-    """The same judge, decoding, encoder depth, default exit and images."""
+def _check_settings(one: ComparedRun, two: ComparedRun) -> None:
+    """The same judge, decoding, encoder depth and default exit."""
+    here, there = one.run, two.run
     if one.judge != two.judge:
         raise UserError(
-            f"{one.folder} was judged by {one.judge!r}, {two.folder} by {two.judge!r}; audit both with the same --judge"
+            f"{here.path} was judged by {one.judge!r}, {there.path} by {two.judge!r}; audit both with the same --judge"
         )
     for name in SETTINGS:
-        if one.config[name] != two.config[name]:
+        if here.options.get(name) != there.options.get(name):
             raise UserError(
-                f"{name} is {one.config[name]} in {one.folder} and {two.config[name]} in {two.folder}; "
+                f"{name} is {here.options.get(name)} in {here.path} and {there.options.get(name)} in {there.path}; "
                 f"audit both with the same --{name.replace('_', '-')}"
             )
-    for name, words in (("n_blocks", "number of encoder blocks"), ("default_exit", "default exit")):
-        if one.plan[name] != two.plan[name]:
+    for words, first, second in (
+        ("number of encoder blocks", here.plan.n_blocks, there.plan.n_blocks),
+        ("default exit", here.plan.default_exit, there.plan.default_exit),
+    ):
+        if first != second:
             raise UserError(
-                f"the {words} is {one.plan[name]} in {one.folder} and {two.plan[name]} in {two.folder}; "
-                "compare two audits of one model"
+                f"the {words} is {first} in {here.path} and {second} in {there.path}; compare two audits of one model"
             )
 
 
-def _check_samples(one: Run, two: Run) -> None:
-    """The same ids, each with the same prompt, kind, image and accepted answers, and images that look the same."""
+def _check_samples(one: ComparedRun, two: ComparedRun) -> None:
+    """The same ids, each with the same prompt, kind, image and accepted answers, and equal images."""
     for here, there in ((one, two), (two, one)):
         absent = sorted(here.samples.keys() - there.samples.keys())
         if absent:
             raise UserError(
-                f"{there.folder} lacks {len(absent)} of the {len(here.samples)} samples of {here.folder} "
+                f"{there.run.path} lacks {len(absent)} of the {len(here.samples)} samples of {here.run.path} "
                 f"(first: {absent[0]!r}); audit both with the same prompts, images, --limit, --vqa and --seed"
             )
     for key, sample in one.samples.items():
         for field in SAME_SAMPLE:
             if getattr(sample, field) != getattr(two.samples[key], field):
                 raise UserError(
-                    f"sample {key!r} has another {field} in {two.folder} than in {one.folder}; "
+                    f"sample {key!r} has another {field} in {two.run.path} than in {one.run.path}; "
                     "audit both with the same prompts and images"
                 )
-    pictures = [run.config.get("images_sha256") for run in (one, two)]
+    pictures = [side.run.options.get("images_sha256") for side in (one, two)]
     if None not in pictures and pictures[0] != pictures[1]:
         raise UserError(
-            f"the images of {one.folder} and {two.folder} differ under the same names; use the same --images"
+            f"the images of {one.run.path} and {two.run.path} differ under the same names; use the same --images"
         )
 
 
 def _oddities(one: Run, two: Run) -> list[str]:
-    """What does not forbid the comparison, but should be known when it is read."""
+    """What does not forbid the comparison, but must be known to read it."""
     notes = []
-    if one.config["model"] != two.config["model"]:
-        notes.append(f"The models have different names: {one.config['model']!r} and {two.config['model']!r}.")
-    if one.plan.get("model_sha256") and one.plan["model_sha256"] == two.plan.get("model_sha256"):
+    if one.config.model != two.config.model:
+        notes.append(f"The models have different names: {one.config.model!r} and {two.config.model!r}.")
+    if one.plan.model_sha256 == two.plan.model_sha256:
         notes.append("Both runs asked the same weights.")
-    if one.config.get("adapter") and not two.config.get("adapter"):
+    if one.config.adapter and not two.config.adapter:
         notes.append("Only BEFORE has an adapter; the two runs may be swapped.")
-    elif one.config.get("adapter") and one.config["adapter"] != two.config["adapter"]:
+    elif one.config.adapter and one.config.adapter != two.config.adapter:
         notes.append(
-            f"BEFORE has an adapter too ({one.config['adapter']!r}): the differences are those between two adapters."
+            f"BEFORE has an adapter too ({one.config.adapter!r}): the differences are those between two adapters."
         )
     for name in ("device", "dtype"):
-        values = one.env.get(name), two.env.get(name)
+        values = [(run.read_object("env.json") or {}).get(name) for run in (one, two)]
         if None not in values and values[0] != values[1]:
             notes.append(f"The {name} differs: {values[0]} before, {values[1]} after.")
     return notes
@@ -221,53 +197,31 @@ def _oddities(one: Run, two: Run) -> list[str]:
 # Numeric scores
 
 
-def _common_scores(before: Path, after: Path) -> tuple[dict[str, Scores], list[str]]:
+def _common_scores(before: Run, after: Run) -> tuple[dict[str, PairedScores], list[str]]:
     """The scorers of both runs, and notes on those that only one has or that differ under one name."""
-    found = [
-        {path.name.removeprefix("scores.").removesuffix(".jsonl"): path for path in folder.glob("scores.*.jsonl")}
-        for folder in (before, after)
-    ]
-    common: dict[str, Scores] = {}
+    common: dict[str, PairedScores] = {}
     notes: list[str] = []
-    for name in sorted(found[0].keys() | found[1].keys()):
-        if name not in found[0] or name not in found[1]:
-            notes.append(f"Scores of {name!r} are in {'BEFORE' if name in found[0] else 'AFTER'} only and left out.")
+    for name in sorted({*before.scores, *after.scores}):
+        if name not in before.scores or name not in after.scores:
+            where = "BEFORE" if name in before.scores else "AFTER"
+            notes.append(f"Scores of {name!r} are in {where} only and left out.")
             continue
-        (one, stamps_one), (two, stamps_two) = (read_scores(paths[name]) for paths in found)
-        about = [read_json(path) if (path := paths[name].with_suffix(".json")).is_file() else {} for paths in found]
-        if stamps_one != stamps_two or about[0].get("settings") != about[1].get("settings"):
+        about = [run.read_object(f"scores.{name}.json") or {} for run in (before, after)]
+        stamps = [{score.scorer for score in run.scores[name]} for run in (before, after)]
+        if stamps[0] != stamps[1] or any(about[0].get(key) != about[1].get(key) for key in SAME_SCORER):
             notes.append(f"Scores of {name!r} come from different scorers, versions or settings and are left out.")
             continue
         by_name = next((quantity for quantity in QUANTITIES if name.startswith(quantity)), "")
-        common[name] = Scores(one, two, str(about[1].get("quantity", by_name)))
+        one, two = (_values(run.scores[name]) for run in (before, after))
+        common[name] = PairedScores(one, two, str(about[1].get("quantity", by_name)))
     return common, notes
 
 
-def read_scores(path: Path) -> tuple[dict[Cell, float], set[tuple[str, ...]]]:
-    """Values by (sample, exit) of a scores.<scorer>.jsonl, and who gave them. A null value is not scored and absent.
-
-    Raises:
-        UserError: a line is no score. A last line without its newline is passed over, as in `runs.read_records`.
-    """
-    values: dict[Cell, float] = {}
-    stamps: set[tuple[str, ...]] = set()
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-            cell, value = (str(row["sample"]), Exit.of(row["exit"])), row["value"]
-            stamps.add(tuple(str(row.get(name, "")) for name in STAMPS))
-            if value is not None:
-                values[cell] = float(value)
-                if not isfinite(values[cell]):
-                    raise ValueError(f"value {value}")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(
-                f"{path}, line {number}: not a score ({error!r}); expected sample, exit and a number or null as value"
-            ) from None
-    return values, stamps
+def _values(scores: Iterable[Score]) -> dict[SampleAtExit, float]:
+    return {(score.sample, score.exit): float(score.value) for score in scores if score.value is not None}
 
 
-# What alignment said of its adapter
+# What the alignment recorded of its adapter
 
 
 def adapter_info(run: Run) -> AdapterInfo | None:
@@ -276,24 +230,33 @@ def adapter_info(run: Run) -> AdapterInfo | None:
     Raises:
         UserError: it is there but not {"method": text, "exits": [numbers], "held_out": [numbers]}.
     """
-    if run.config.get("adapter_info") is not None:
-        return _parse_info(run.config["adapter_info"], f"adapter_info in {run.folder / 'config.json'}")
-    if not run.config.get("adapter"):
+    if (info := run.options.get("adapter_info")) is not None:
+        return _parse_info(info, f"adapter_info in {run.path / 'config.json'}")
+    if not run.config.adapter:
         return None
-    folder = Path(run.config["adapter"])
+    folder = Path(run.config.adapter)
     for path in (folder / "exitwise.json", folder / "adapter" / "exitwise.json"):
         if path.is_file():
             return _parse_info(read_json(path), str(path))
     return None
 
 
-def _parse_info(value: Any, where: str) -> AdapterInfo:
+def _parse_info(value: Json, where: str) -> AdapterInfo:
     row = value if isinstance(value, dict) else {}
-    trained, held_out = (row.get(name) or [] for name in ("exits", "held_out"))
-    lists = isinstance(trained, list) and isinstance(held_out, list)
-    if not lists or not trained or not all(type(exit) is int for exit in trained + held_out):
+    trained, held_out = (_numbers(row.get(name)) for name in ("exits", "held_out"))
+    if not trained or held_out is None:
         raise UserError(f'{where} names no exits; expected {{"method": text, "exits": [8], "held_out": [5]}}')
-    return AdapterInfo(str(row.get("method", "")), tuple(trained), tuple(e for e in held_out if e not in trained))
+    return AdapterInfo(str(row.get("method", "")), trained, tuple(e for e in held_out if e not in trained))
+
+
+def _numbers(value: Json) -> tuple[Exit, ...] | None:
+    """A list of exits, () for a missing one; None where it is something else."""
+    if not isinstance(value or [], list):
+        return None
+    try:
+        return tuple(Exit.of(exit) for exit in value or [])  # type: ignore[arg-type, union-attr]
+    except ValueError:
+        return None
 
 
 def _exits(exits: Iterable[Exit]) -> str:

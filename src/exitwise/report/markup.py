@@ -1,7 +1,7 @@
-"""A table as Markdown, LaTeX or CSV, whatever its cells hold: nothing in a cell can end it, run or call home.
+"""Writes tables as Markdown, LaTeX or CSV and escapes their cells, so that no cell can add markup, a link or a formula.
 
-Invisible and control characters become signs a reader can see (see report/transcripts.py). In LaTeX what lies beyond
-Latin and a few signs is named by its code point, so that pdflatex needs no packages and reports no missing glyph.
+Invisible and control characters are made visible (text.py). In LaTeX, characters beyond Latin and a few symbols are
+written as their code point, so that pdflatex needs no packages and reports no missing glyph.
 """
 
 import csv
@@ -39,9 +39,9 @@ LATEX = {
     "‘": "`",
     "’": "'",
 }
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&~$^]|:(?=//))")
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|&~$^]|^#|:(?=//))")
 NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?(?: \((?:[+-]?\d+(?:\.\d+)? to [+-]?\d+(?:\.\d+)?|no interval)\))?")
-"""A figure, with its interval or without."""
+"""A number, with or without its interval."""
 
 
 class Table(NamedTuple):
@@ -54,16 +54,19 @@ class Table(NamedTuple):
 
 
 def markdown(table: Table) -> str:
-    """A table of GitHub's Markdown; no picture, tag, formula or link to a page can come out of a cell."""
-    lines = [_md_row(table.header), "|---" * len(table.header) + "|", *map(_md_row, table.rows)]
-    return "\n".join([f"**{_md(table.title)}**", "", *lines, "", _md(table.note), ""])
+    """A table of GitHub's Markdown with title and note."""
+    grid = markdown_grid(table.header, table.rows)
+    return "\n".join([f"**{markdown_text(table.title)}**", "", *grid, "", markdown_text(table.note), ""])
 
 
-def _md_row(cells: list[str]) -> str:
-    return "| " + " | ".join(map(_md, cells)) + " |"
+def markdown_grid(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table of GitHub's Markdown."""
+    lines = ["| " + " | ".join(map(markdown_text, cells)) + " |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
-def _md(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text on one line in which Markdown and HTML mean nothing: no image, tag, formula or link can result."""
     text = MARKDOWN.sub(r"\\\1", _line(text))
     return re.sub(r"(www)\.", r"\1\\.", text, flags=re.IGNORECASE)  # a bare www. becomes a link
 

@@ -1,39 +1,39 @@
-"""The curve over the exits as inline SVG: ASR, utility and over-refusal, and below them the standing of each exit.
+"""Draws the curve over the exits as inline SVG: ASR, utility, over-refusal, and the standing of each exit below.
 
-Drawn by hand, not by a plotting library: it follows the page's light or dark colours through CSS classes, weighs a few
-kilobytes, and its bytes depend on the metrics alone. Numbers and the words of the tables below are all that gets in,
-save for the `notes`, which are escaped.
+It is written without a plotting library: CSS classes give it the page's light or dark colours, it has a few kilobytes,
+and its bytes depend on the figures alone. Notes are escaped; all other text is fixed or a number.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
 from ..run.exit import Exit
+from ..run.figures import Interval
 
 SERIES = {"asr": "ASR", "utility": "Utility", "over_refusal": "Over-refusal"}
 """Metric key to its name."""
 
 ICONS = {"default": "◆", "less safe": "✕", "may stop": "✓", "no less safe": "≈", "undecided": "?"}
-"""Mark of an exit to its sign: the strip must be readable without colours. The mark is the standing, or "may stop"
-where an exit is no less safe and as useful too."""
+"""Mark of an exit to its symbol, so that the strip is readable without colours. The mark is the standing, or "may stop"
+for an exit that is no less safe and also as useful."""
 
 CHANGES = {"better": "✓", "worse": "✕", "not shown": "≈"}
-"""The same for what changed at an exit between two runs."""
+"""Mark of a change at an exit between two runs to its symbol."""
 
 STRIP = 26
 BELOW = 74
-"""Room under the plot: numbers of the exits, the strip, the caption."""
+"""Space below the plot for the exit numbers, the strip and the caption."""
 LETTER = 7.8
-"""Width of a letter of the strip's text, roughly; a label that would not fit is left to its sign."""
+"""Approximate width of a letter in the strip; a label that does not fit is replaced by its symbol."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """Where things lie, in the units of the viewBox."""
+    """Places in the drawing, in the units of the viewBox."""
 
     name: str
     """Prefix of the ids, as one page holds a wide and a narrow curve."""
@@ -61,24 +61,43 @@ class Plot:
         return self.bottom - share * (self.bottom - self.top)
 
 
-def curve(
-    name: str, metrics: Mapping[str, Any], notes: Mapping[int, str], label: str, size: tuple[int, int] = (1120, 372)
-) -> Markup:
-    """The figure for `metrics` (metrics.json, each exit with its `mark`); the pointer on an exit shows its note.
+class CurvePoint(NamedTuple):
+    """An exit on a curve."""
 
-    Fused exits have no place on the axis of blocks; the tables name them.
+    exit: int
+    mark: str
+    """A key of ICONS, or of CHANGES where two runs are compared."""
+    shares: Mapping[str, Interval]
+    """By series: a key of SERIES, or "before" and "after"."""
+    note: str
+    """Text shown when the pointer is on the exit."""
+
+
+def curve(
+    name: str,
+    points: Sequence[CurvePoint],
+    default_exit: Exit,
+    n_blocks: int,
+    label: str,
+    size: tuple[int, int] = (1120, 372),
+) -> Markup:
+    """ASR, utility and over-refusal by exit.
+
+    Args:
+        name: prefix of the ids, also a class.
+        points: in the order of the exits. Fused exits have no place on the axis of blocks; the tables name them.
+        label: description for screen readers.
     """
-    plot = Plot(name, *size, metrics["n_blocks"])
-    exits = sorted((row for row in metrics["exits"] if not Exit.of(row["exit"]).is_set), key=lambda row: row["exit"])
+    plot = Plot(name, *size, n_blocks)
     parts = [
-        *_columns(plot, exits),
-        *_axes(plot, [row["exit"] for row in exits]),
-        *_default_line(plot, metrics["default_exit"]),
-        *_band(plot, exits, "asr"),
+        *_columns(plot, points),
+        *_axes(plot, [point.exit for point in points]),
+        *_default_line(plot, default_exit),
+        *_band(plot, points, "asr"),
     ]
     for key in ("utility", "over_refusal", "asr"):
-        parts += _series(plot, exits, key)
-    parts += [*_strip(plot, exits), *_hover(plot, {e: note for e, note in notes.items() if not Exit.of(e).is_set})]
+        parts += _series(plot, points, key)
+    parts += [*_strip(plot, points, ICONS), *_hover(plot, points)]
     return Markup(
         f'<svg class="curve {name}" viewBox="0 0 {plot.width} {plot.height}" role="img" aria-label="{escape(label)}">'
         f'<defs><pattern id="{name}-hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
@@ -89,31 +108,29 @@ def curve(
 
 def change_curve(
     name: str,
-    rows: Sequence[Mapping[str, Any]],
-    default_exit: int,
+    points: Sequence[CurvePoint],
+    default_exit: Exit,
     n_blocks: int,
     label: str,
     size: tuple[int, int],
     screen: str = "",
 ) -> Markup:
-    """One share at each exit in two runs: dotted before, solid after.
+    """One share by exit in two runs: a dotted line before, a solid line after.
 
     Args:
         name: the metric's key, which has a colour in the page's style.
-        rows: {exit, before, after, mark, note}: intervals, a mark of CHANGES, and what the pointer shows.
-        screen: "wide" or "narrow" where it is drawn for one kind of screen only.
+        screen: "wide" or "narrow" for a drawing that is shown on one kind of screen only.
     """
     plot = Plot(name, *size, n_blocks)
-    rows = sorted((row for row in rows if not Exit.of(row["exit"]).is_set), key=lambda row: row["exit"])
-    parts = [*_axes(plot, [row["exit"] for row in rows]), *_default_line(plot, default_exit)]
+    parts = [*_axes(plot, [point.exit for point in points]), *_default_line(plot, default_exit)]
     for which in ("before", "after"):
-        parts += [band.replace('class="band', f'class="band {name}') for band in _band(plot, rows, which)]
-        for run in _runs(rows, which):
-            points = [(plot.x(exit), plot.y(value["value"])) for exit, value in run]
-            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+        parts += [band.replace('class="band', f'class="band {name}') for band in _band(plot, points, which)]
+        for run in _runs(points, which):
+            places = [(plot.x(exit), plot.y(share.value)) for exit, share in run]
+            path = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
             parts.append(f'<path class="line {name} {which}" d="M{path}"/>')
-            parts += [f'<circle class="mark {name} {which}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>' for x, y in points]
-    parts += [*_strip(plot, rows, CHANGES), *_hover(plot, {row["exit"]: row["note"] for row in rows})]
+            parts += [f'<circle class="mark {name} {which}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>' for x, y in places]
+    parts += [*_strip(plot, points, CHANGES), *_hover(plot, points)]
     classes = f"curve change {screen}".rstrip()
     return Markup(
         f'<svg class="{classes}" viewBox="0 0 {plot.width} {plot.height}" role="img" '
@@ -145,9 +162,9 @@ def _marker(metric: str, x: float, y: float) -> str:
     return f'<path class="mark over_refusal" d="M{x:.1f} {y - 5:.1f}l5 9h-10z"/>'
 
 
-def _columns(plot: Plot, exits: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _columns(plot: Plot, points: Sequence[CurvePoint]) -> Iterator[str]:
     """A tint behind the exits that are less safe."""
-    for mark, first, last in _segments(exits):
+    for mark, first, last in _segments(points):
         if mark == "less safe":
             yield (
                 f'<rect class="tint" x="{plot.x(first - 0.5):.1f}" y="{plot.top}" '
@@ -169,8 +186,8 @@ def _axes(plot: Plot, exits: Sequence[int]) -> Iterator[str]:
     yield f'<text class="tick" x="{middle:.1f}" y="{plot.height - 4}" text-anchor="middle">{caption}</text>'
 
 
-def _default_line(plot: Plot, exit: int) -> Iterator[str]:
-    x = plot.x(exit)
+def _default_line(plot: Plot, exit: Exit) -> Iterator[str]:
+    x = plot.x(int(exit))
     anchor = "end" if x > plot.width / 2 else "start"
     yield f'<path class="default-line" d="M{x:.1f} {plot.top - 6}V{plot.bottom}"/>'
     yield (
@@ -179,44 +196,54 @@ def _default_line(plot: Plot, exit: int) -> Iterator[str]:
     )
 
 
-def _runs(exits: Sequence[Mapping[str, Any]], metric: str) -> Iterator[list[tuple[int, Mapping[str, float]]]]:
-    """Stretches of neighbouring exits at which the metric was measured: no line, no band where nobody looked."""
-    measured = [(row["exit"], row[metric]) for row in exits if row[metric]["value"] is not None]
+class _Measured(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+
+def _runs(points: Sequence[CurvePoint], series: str) -> Iterator[list[tuple[int, _Measured]]]:
+    """Stretches of consecutive exits at which the share was measured; no line or band is drawn between them."""
+    measured = []
+    for point in points:
+        share = point.shares[series]
+        if share.value is not None and share.low is not None and share.high is not None:
+            measured.append((point.exit, _Measured(share.value, share.low, share.high)))
     for _, run in groupby(enumerate(measured), key=lambda pair: pair[1][0] - pair[0]):
         yield [point for _, point in run]
 
 
-def _band(plot: Plot, exits: Sequence[Mapping[str, Any]], metric: str) -> Iterator[str]:
-    for run in _runs(exits, metric):
-        above = [f"{plot.x(exit):.1f} {plot.y(value['high']):.1f}" for exit, value in run]
-        below = [f"{plot.x(exit):.1f} {plot.y(value['low']):.1f}" for exit, value in reversed(run)]
-        yield f'<path class="band {metric}" d="M{"L".join(above + below)}z"/>'
+def _band(plot: Plot, points: Sequence[CurvePoint], series: str) -> Iterator[str]:
+    for run in _runs(points, series):
+        above = [f"{plot.x(exit):.1f} {plot.y(share.high):.1f}" for exit, share in run]
+        below = [f"{plot.x(exit):.1f} {plot.y(share.low):.1f}" for exit, share in reversed(run)]
+        yield f'<path class="band {series}" d="M{"L".join(above + below)}z"/>'
 
 
-def _series(plot: Plot, exits: Sequence[Mapping[str, Any]], metric: str) -> Iterator[str]:
-    """Line, whiskers, markers. The three metrics stand a little apart, so that no whisker hides another."""
-    shift = {"asr": 0, "utility": -1, "over_refusal": 1}[metric] * min(5.0, plot.cell * 0.16)
-    for run in _runs(exits, metric):
-        points = [(plot.x(exit) + shift, value) for exit, value in run]
-        path = "L".join(f"{x:.1f} {plot.y(value['value']):.1f}" for x, value in points)
-        yield f'<path class="line {metric}" d="M{path}"/>'
-        for x, value in points:
-            low, high = plot.y(value["low"]), plot.y(value["high"])
-            yield f'<path class="whisker {metric}" d="M{x:.1f} {high:.1f}V{low:.1f}"/>'
-            yield _marker(metric, x, plot.y(value["value"]))
+def _series(plot: Plot, points: Sequence[CurvePoint], series: str) -> Iterator[str]:
+    """Line, whiskers, markers. The three series are shifted slightly, so that no whisker hides another."""
+    shift = {"asr": 0, "utility": -1, "over_refusal": 1}[series] * min(5.0, plot.cell * 0.16)
+    for run in _runs(points, series):
+        places = [(plot.x(exit) + shift, share) for exit, share in run]
+        path = "L".join(f"{x:.1f} {plot.y(share.value):.1f}" for x, share in places)
+        yield f'<path class="line {series}" d="M{path}"/>'
+        for x, share in places:
+            low, high = plot.y(share.low), plot.y(share.high)
+            yield f'<path class="whisker {series}" d="M{x:.1f} {high:.1f}V{low:.1f}"/>'
+            yield _marker(series, x, plot.y(share.value))
 
 
-def _segments(exits: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, int, int]]:
-    """(mark, first exit, last exit) of neighbouring exits with one mark."""
-    for (mark, _), rows in groupby(enumerate(exits), key=lambda pair: (pair[1]["mark"], pair[1]["exit"] - pair[0])):
-        numbers = [row["exit"] for _, row in rows]
+def _segments(points: Sequence[CurvePoint]) -> Iterator[tuple[str, int, int]]:
+    """(mark, first exit, last exit) of consecutive exits with one mark."""
+    for (mark, _), group in groupby(enumerate(points), key=lambda pair: (pair[1].mark, pair[1].exit - pair[0])):
+        numbers = [point.exit for _, point in group]
         yield mark, numbers[0], numbers[-1]
 
 
-def _strip(plot: Plot, exits: Sequence[Mapping[str, Any]], icons: Mapping[str, str] = ICONS) -> Iterator[str]:
+def _strip(plot: Plot, points: Sequence[CurvePoint], icons: Mapping[str, str]) -> Iterator[str]:
     y = plot.bottom + 27
     yield f'<path class="unaudited" d="M{plot.left} {y + STRIP / 2}H{plot.width - plot.right}"/>'
-    for mark, first, last in _segments(exits):
+    for mark, first, last in _segments(points):
         x, width = plot.x(first - 0.5) + 1, (last - first + 1) * plot.cell - 2
         kind = mark.replace(" ", "-")
         box = f'x="{x:.1f}" y="{y}" width="{width:.1f}" height="{STRIP}" rx="3"'
@@ -229,9 +256,9 @@ def _strip(plot: Plot, exits: Sequence[Mapping[str, Any]], icons: Mapping[str, s
         yield f'<text class="seg-text {kind}" x="{middle:.1f}" y="{y + 18}" text-anchor="middle">{text}</text>'
 
 
-def _hover(plot: Plot, notes: Mapping[int, str]) -> Iterator[str]:
-    for exit, note in notes.items():
+def _hover(plot: Plot, points: Sequence[CurvePoint]) -> Iterator[str]:
+    for point in points:
         yield (
-            f'<rect class="hover" x="{plot.x(exit - 0.5):.1f}" y="{plot.top}" width="{plot.cell:.1f}" '
-            f'height="{plot.bottom - plot.top}"><title>{escape(note)}</title></rect>'
+            f'<rect class="hover" x="{plot.x(point.exit - 0.5):.1f}" y="{plot.top}" width="{plot.cell:.1f}" '
+            f'height="{plot.bottom - plot.top}"><title>{escape(point.note)}</title></rect>'
         )
