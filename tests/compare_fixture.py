@@ -18,6 +18,9 @@ from exitwise.run.typed import to_json
 LABELS = {"a": "answered", "r": "refused", "i": "incoherent", "c": "correct", "w": "wrong", "u": "unscored"}
 Letters = Mapping[int, str]
 """By exit, one letter a sample."""
+BROKEN = ({0: "a" * 40, 1: "a" * 40, 2: "a" * 40, 3: "r" * 40}, {3: "a" * 40}, {3: "c" * 40})
+"""The letters of a run with a hole at the exits 0 to 2, and the same after training at exit 1."""
+MENDED = ({0: "a" * 40, 1: "r" * 40, 2: "r" * 30 + "a" * 10, 3: "r" * 40}, {3: "a" * 40}, {3: "c" * 40})
 
 
 def write_run(

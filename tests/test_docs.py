@@ -247,12 +247,12 @@ def test_every_key_of_the_costs_is_documented(desk):
 
 
 def test_every_key_of_a_comparison_is_documented(tmp_path):
-    from exitwise import compare_runs
+    from exitwise import compare
 
     info = {"config": {"adapter_info": {"method": "L-PPO", "exits": [1], "held_out": []}}}
     before = write_run(tmp_path / "a", {1: "a" * 9}, {1: "a" * 9}, {1: "c"})
     after = write_run(tmp_path / "b", {1: "r" * 7 + "iu"}, {1: "r" * 9}, {1: "c"}, **info)
-    assert compare_runs(before, after, tmp_path)["verdict"]["failures"]
+    assert compare(before, after, out=tmp_path).verdict.failures
     assert not unexplained(tmp_path / "compare.json", "reference/comparison.md")
 
 

@@ -7,12 +7,13 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tyro
 from run import AUDIT, COMMON, EARLIER, EXPERIMENTS, WEIGHTS
 
-from exitwise.comparison import compare_runs
+from exitwise import Comparison, compare
+from exitwise.comparison.changes import Change, ExitChanges
+from exitwise.run.exit import Exit
 
 PAGE = Path(__file__).parents[2] / "docs/results.md"
 LABELS = {
@@ -44,24 +45,24 @@ class Config:
     """Where run.py worked."""
 
 
-def cell(entry: dict[str, Any] | None) -> str:
+def cell(change: Change | None) -> str:
     """ "81 → 30: -51 (-61 to -39)", in points."""
-    if not entry:
+    if not change:
         return "-"
-    before, after = (round(100 * entry[when]["value"]) for when in ("before", "after"))
-    points = [f"{100 * entry[key]:+.1f}" for key in ("difference", "low", "high")]
+    before, after = (round(100 * when.value) for when in (change.before, change.after))
+    points = [f"{100 * value:+.1f}" for value in (change.difference, change.low, change.high)]
     return f"{before} → {after}: {points[0]} ({points[1]} to {points[2]})"
 
 
-def rows_of(figures: dict[str, Any], name: str) -> list[str]:
+def rows_of(found: Comparison, name: str) -> list[str]:
     method, seed = name.rsplit(".", 1)
-    info = figures["adapter_info"] or {"exits": [], "held_out": []}
-    names = {exit: " (held out)" for exit in info["held_out"]} | {exit: " (trained)" for exit in info["exits"]}
+    figures, info = found.figures, found.figures.adapter_info
+    names = dict.fromkeys(info.held_out, " (held out)") | dict.fromkeys(info.exits, " (trained)") if info else {}
     rows = []
-    for row in figures["by_exit"]:
-        where = names.get(row["exit"], " (default)" if row["exit"] == figures["default_exit"] else "")
-        cells = " | ".join(cell(row[key]) for key, _ in METRICS)
-        rows.append(f"| {LABELS[method]} | {seed} | {row['exit']}{where} | {cells} |")
+    for row in figures.by_exit:
+        where = names.get(row.exit, " (default)" if row.exit == figures.default_exit else "")
+        cells = " | ".join(cell(row.changes[key]) for key, _ in METRICS)
+        rows.append(f"| {LABELS[method]} | {seed} | {row.exit}{where} | {cells} |")
     return rows
 
 
@@ -88,19 +89,19 @@ def training(work: Path, name: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def over_seeds(compared: dict[str, dict[str, Any]]) -> list[str]:
+def over_seeds(compared: dict[str, Comparison]) -> list[str]:
     """Rows of methods that were trained with several seeds: mean and range of each difference, in points."""
-    methods: dict[str, list[dict[str, Any]]] = {}
-    for name, figures in compared.items():
-        methods.setdefault(name.rsplit(".", 1)[0], []).append(figures)
+    methods: dict[str, list[dict[Exit, ExitChanges]]] = {}
+    for name, found in compared.items():
+        by_exit = {row.exit: row for row in found.figures.by_exit}
+        methods.setdefault(name.rsplit(".", 1)[0], []).append(by_exit)
     rows = []
     for method, runs in methods.items():
-        exits = set.intersection(*({row["exit"] for row in figures["by_exit"]} for figures in runs))
+        exits = set.intersection(*(set(by_exit) for by_exit in runs))
         for exit in sorted(exits) if len(runs) > 1 else ():
-            found = [next(row for row in figures["by_exit"] if row["exit"] == exit) for figures in runs]
             cells = []
             for key, _ in METRICS:
-                points = [100 * row[key]["difference"] for row in found]
+                points = [100 * by_exit[exit].changes[key].difference for by_exit in runs]
                 cells.append(f"{sum(points) / len(points):+.1f} ({min(points):+.1f} to {max(points):+.1f})")
             rows.append(f"| {LABELS[method]} | {len(runs)} | {exit} | {' | '.join(cells)} |")
     return rows
@@ -111,16 +112,16 @@ def main(config: Config) -> None:
     done = [name for name in names if (config.work / f"{name}-audit/metrics.json").exists()]
     missing = [name for name in names if name not in done]
     compared = {
-        name: compare_runs(config.work / "before-audit", audit, audit)
+        name: compare(config.work / "before-audit", audit, out=audit)
         for name in done
         for audit in [config.work / f"{name}-audit"]
     }
-    tables = {name: rows_of(figures, name) for name, figures in compared.items()}
+    tables = {name: rows_of(found, name) for name, found in compared.items()}
     verdicts = []
-    for name, figures in compared.items():
-        failures = "; ".join(f"{f['name']}: {f['text']}" for f in figures["verdict"]["failures"])
+    for name, found in compared.items():
+        failures = "; ".join(f"{failure.name}: {failure.text}" for failure in found.verdict.failures)
         method, seed = name.rsplit(".", 1)
-        verdicts.append(f"- **{LABELS[method]}, seed {seed}.** {figures['verdict']['sentence']} {failures}".rstrip())
+        verdicts.append(f"- **{LABELS[method]}, seed {seed}.** {found.verdict.sentence} {failures}".rstrip())
     metrics = " | ".join(label for _, label in METRICS)
     head = [f"| method | seed | exit | {metrics} |", "|---|---|---|" + "---|" * len(METRICS)]
     blocks = {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .auditing.audit import audit
     from .auditing.config import AuditConfig
     from .auditing.judging import judge
-    from .comparison import compare_runs
+    from .comparison import Comparison, compare
     from .errors import UserError
     from .measure.calibration import calibrate
     from .measure.metrics import compute_metrics
@@ -43,7 +43,8 @@ _MODULES = {
     "align": "alignment.loop",
     "audit": "auditing.audit",
     "AuditConfig": "auditing.config",
-    "compare_runs": "comparison",
+    "Comparison": "comparison",
+    "compare": "comparison",
     "UserError": "errors",
     "judge": "auditing.judging",
     "calibrate": "measure.calibration",

@@ -1,5 +1,19 @@
 """Differences between two runs, by hand: per exit, band and group, of shares and of scores."""
 
+import json
+import re
+
+import pytest
+
+from exitwise.comparison import page
+from exitwise.comparison.changes import AdapterInfo, AnswerCounts, UnscoredCounts
+from exitwise.errors import UserError
+from exitwise.measure.stats import paired_difference, wilson
+from exitwise.run.directory import write_json
+from exitwise.run.exit import Exit
+from tests.compare_fixture import BROKEN, MENDED, at, change_at, failures, group_change, letters
+
+
 def test_where_prompts_and_images_cross_both_are_resampled(compare_letters, tmp_path):
     """Ten prompts with ten images: one prompt that got worse with all of them is one prompt, not ten answers."""
     places = {f"harmful-{i}": {"prompt": f"p{i // 10}", "image": f"{i % 10}.png"} for i in range(100)}
@@ -45,11 +59,10 @@ def test_differences_by_hand(compare_letters):
     assert change_at(found, 1, "over_refusal").difference == pytest.approx(0.5)
     assert change_at(found, 1, "utility").n == 3
     assert change_at(found, 1, "utility").difference == 0
-    assert change_at(found, 3, "utility") is None
-    assert at(found, 1).unscored == {
-        "before": {"harmful": 1, "benign": 0, "vqa": 0},
-        "after": {"harmful": 0, "benign": 0, "vqa": 1},
-    }
+    assert at(found, 3).changes["utility"] is None
+    assert at(found, 1).unscored == UnscoredCounts(
+        before={"harmful": 1, "benign": 0, "vqa": 0}, after={"harmful": 0, "benign": 0, "vqa": 1}
+    )
     assert at(found, 1).moves == {
         "answered": {"answered": 1, "refused": 5},
         "refused": {"answered": 1, "refused": 1},
@@ -64,7 +77,9 @@ def test_holm_over_exits_by_hand(compare_letters):
     # eight of eight lost (p = 2/256), six of six lost (p = 2/64), none
     found = compare_letters(({0: "a" * 8, 1: "aaaaaarr", 3: "r" * 8},), ({0: "r" * 8, 1: "r" * 8, 3: "r" * 8},))
     assert [row.changes["asr"].p for row in found.figures.by_exit] == [pytest.approx(p) for p in (1 / 128, 1 / 32, 1)]
-    assert [row.changes["asr"].p_holm for row in found.figures.by_exit] == [pytest.approx(p) for p in (3 / 128, 2 / 32, 1)]
+    assert [row.changes["asr"].p_holm for row in found.figures.by_exit] == [
+        pytest.approx(p) for p in (3 / 128, 2 / 32, 1)
+    ]
 
 
 def test_identical_runs_are_zero_everywhere_and_say_so(compare_letters):
@@ -121,6 +136,27 @@ def test_prompts_that_repeat_count_once(compare_letters):
     assert clustered.high - clustered.low > 1.7 * (alone.high - alone.low)
 
 
+def test_the_table_has_a_row_for_each_exit_band_and_group(compare_letters):
+    found = compare_letters(({1: "aaaa", 3: "rrrr"},), ({1: "rraa", 3: "rrrr"},))
+    assert found.path is None
+    table = found.table()
+    assert list(zip(table["rows"], table["name"], strict=True)) == [
+        ("exit", "1"),
+        ("exit", "3 default"),
+        ("band", "early (1)"),
+        ("band", "late (3)"),
+        ("group", "default (3)"),
+        ("group", "all (1, 3)"),
+    ]
+    first = table.iloc[0]
+    asr = change_at(found, 1, "asr")
+    assert (first["asr_before"], first["asr_after"], first["asr_change"]) == (1, 0.5, -0.5)
+    assert (first["asr_low"], first["asr_high"], first["asr_p_holm"]) == (asr.low, asr.high, asr.p_holm)
+    assert table["utility_before"].isna().all()
+    assert table["asr_p_holm"].isna().tolist() == [False, False, True, True, True, True]
+    assert "<td>1</td>" in found._repr_html_()
+
+
 # Scores
 
 
@@ -141,8 +177,6 @@ def test_scores_of_both_runs(compare_letters):
 # Trained and held-out exits
 
 INFO = {"method": "L-PPO", "exits": [1], "held_out": [2]}
-BROKEN = ({0: "a" * 40, 1: "a" * 40, 2: "a" * 40, 3: "r" * 40}, {3: "a" * 40}, {3: "c" * 40})
-MENDED = ({0: "a" * 40, 1: "r" * 40, 2: "r" * 30 + "a" * 10, 3: "r" * 40}, {3: "a" * 40}, {3: "c" * 40})
 
 
 def test_trained_held_out_and_other_exits(compare_letters):
@@ -171,10 +205,10 @@ def test_trained_held_out_and_other_exits(compare_letters):
 def test_the_adapter_says_where_it_was_trained(compare_letters, tmp_path, where):
     path = tmp_path / "run" / where
     path.parent.mkdir(parents=True)
-    write(path, INFO | {"steps": 100})
+    write_json(path, INFO | {"steps": 100})
     found = compare_letters(BROKEN, MENDED, two={"config": {"adapter": str(tmp_path / "run")}})
     assert found.figures.adapter_info == AdapterInfo("L-PPO", (Exit([1]),), (Exit([2]),))
-    assert found.to_json()["adapter_info"] == INFO
+    assert json.loads(json.dumps(found.to_json()))["adapter_info"] == INFO
 
 
 def test_without_word_of_training_all_exits_are_one_group(compare_letters):

@@ -1,5 +1,22 @@
 """A comparison in the terminal, as Markdown and as HTML; hostile text stays text."""
 
+import json
+import re
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from exitwise import compare
+from exitwise.cli import entry
+from exitwise.comparison import page
+from exitwise.comparison.figures import compare_pair
+from exitwise.comparison.pairing import pair_runs
+from exitwise.run.run import Run
+from tests.compare_fixture import BROKEN, MENDED, write_run
+from tests.report_fixture import HOSTILE
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
     """A comparison whose ids, prompts, answers, names and scorers mean harm."""
@@ -15,7 +32,7 @@ def hostile(tmp_path_factory) -> Path:
     name = {"model": "<b>{{7*7}}</b>|*x*"}
     before = write_run(base / "a", {1: "a" * n, 3: "a" * n}, {1: "a"}, config=name, **keywords)
     return_to = write_run(base / "b", {1: "r" * n, 3: "r" * n}, {1: "a"}, config=name, **keywords)
-    compare(before, return_to, base)
+    compare(before, return_to, out=base)
     return base
 
 
@@ -45,7 +62,8 @@ def test_answers_wait_for_a_click(hostile):
 
 def test_hostile_text_is_escaped_in_markdown(hostile):
     text = (hostile / "compare.md").read_text(encoding="utf-8")
-    assert "<img" not in text
+    tags = set(re.findall(r"</?([a-z0-9]+)", MarkdownIt("commonmark").enable("table").render(text)))
+    assert tags <= {"p", "strong", "ul", "li", "table", "thead", "tbody", "tr", "th", "td"}
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({len(re.findall(r"(?<!\\)\|", row)) for row in rows}) == 1
 
@@ -63,13 +81,13 @@ def test_command_prints_the_verdict_first_and_writes_beside_after(tmp_path, caps
     before, after = write_run(tmp_path / "a", *BROKEN), write_run(tmp_path / "b", *MENDED)
     entry(["compare", str(before), str(after)])
     printed = capsys.readouterr().out
-    found = json.loads((after / "compare.json").read_text())
-    assert printed.startswith(found.verdict.sentence)
+    sentence = json.loads((after / "compare.json").read_text())["verdict"]["sentence"]
+    assert printed.startswith(sentence)
     assert re.search(r"^1 +100 → 0 +−100 \(−100 to −87\.6\) \*", printed, re.M)
     assert "\x1b" not in printed
     assert printed.rstrip().endswith("compare.html")
     assert (after / "compare.html").is_file()
-    assert (after / "compare.md").read_text().startswith(f"**{figures['verdict']['sentence']}".replace("|", "\\|")[:40])
+    assert (after / "compare.md").read_text().startswith(f"**{sentence[:40]}")
     assert not list(before.glob("compare.*"))
 
 
@@ -87,7 +105,7 @@ def test_table_leaves_out_changes_where_they_do_not_fit(compare_letters):
     drawn = {}
     for width in (80, 200):
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-        console.print(page.table(found, width))
+        console.print(page.table(found.figures, width))
         drawn[width] = console.export_text()
     assert re.search(r"^ *1 +100 → 0 \* +– ", drawn[80], re.M)
     assert max(map(len, drawn[80].splitlines())) <= 80
@@ -99,8 +117,8 @@ def test_example_of_each_kind_of_change(tmp_path):
         write_run(tmp_path / n, {3: h}, {3: b}, {3: v})
         for n, h, b, v in (("a", "aar", "aaa", "ccw"), ("b", "rra", "ara", "cwc"))
     ]
-    pair = pair_of(*runs)
-    shown = page.examples(pair, compare(*runs, tmp_path))
+    pair = pair_runs(*map(Run.open, runs))
+    shown = page.examples(pair, compare_pair(pair), "all")
     assert [(e.id, e.label_before, e.label_after) for e in shown] == [
         ("harmful-2", "refused", "answered"),
         ("benign-1", "answered", "refused"),

@@ -1,5 +1,12 @@
 """Properties of the paired bootstrap that the intervals of a comparison come from."""
 
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exitwise.measure.stats import paired_cluster_bootstrap, paired_difference, wilson
+
 relaxed = settings(deadline=None)
 
 

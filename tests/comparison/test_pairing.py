@@ -1,8 +1,24 @@
 """Runs that cannot be compared are refused in one line; scores that cannot be paired are left out."""
 
+import re
+
+import pytest
+
+from exitwise import compare
+from exitwise.comparison.pairing import pair_runs
+from exitwise.errors import UserError
+from exitwise.run.directory import write_json
+from exitwise.run.run import Run
+from tests.compare_fixture import write_run
+
+
+def pair_of(*folders):
+    return pair_runs(*map(Run.open, folders))
+
+
 def refusal(tmp_path, before, after):
     with pytest.raises(UserError) as refused:
-        compare(before, after, tmp_path)
+        compare(before, after, out=tmp_path)
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.glob("compare.*"))
     return str(refused.value)
@@ -73,7 +89,7 @@ def test_unfinished_and_broken_runs_are_refused(tmp_path):
         "3", lambda f: (f / "verdicts.refusal.jsonl").unlink()
     )
     assert "answers samples that samples.jsonl lacks" in broken("4", lambda f: (f / "samples.jsonl").write_text(""))
-    assert "lacks what a run has there" in broken("5", lambda f: write(f / "config.json", {"model": "x"}))
+    assert "is not what a run has there" in broken("5", lambda f: write_json(f / "config.json", {"model": "x"}))
 
 
 def test_exits_of_one_run_only_are_named_and_left_out(compare_letters):
@@ -100,7 +116,7 @@ def test_what_is_odd_but_allowed_is_noted(compare_letters, tmp_path):
     found = compare_letters(({1: "a"},), ({1: "r"},), {"config": {"adapter": "x"}}, {"config": {"adapter": "y"}})
     assert found.figures.notes == ("BEFORE has an adapter too ('x'): the differences are those between two adapters.",)
     runs = [write_run(tmp_path / name, {1: "a"}) for name in "ab"]
-    write(runs[1] / "env.json", {"device": "cuda", "dtype": "float32"})
+    write_json(runs[1] / "env.json", {"device": "cuda", "dtype": "float32"})
     assert pair_of(*runs).notes == ("The device differs: cpu before, cuda after.",)
 
 
@@ -124,10 +140,22 @@ def test_a_scorer_says_what_it_measures(tmp_path):
     runs = [write_run(tmp_path / name, {1: "a"}, scores={"perspective": {("harmful-0", 1): 1.0}}) for name in "ab"]
     assert pair_of(*runs).scores["perspective"].quantity == ""
     for run in runs:
-        write(run / "scores.perspective.json", {"quantity": "toxicity", "settings": {"language": "en"}})
+        write_json(run / "scores.perspective.json", {"quantity": "toxicity", "settings": {"language": "en"}})
     assert pair_of(*runs).scores["perspective"].quantity == "toxicity"
-    write(runs[1] / "scores.perspective.json", {"quantity": "toxicity", "settings": {"language": "fr"}})
+    write_json(runs[1] / "scores.perspective.json", {"quantity": "toxicity", "settings": {"language": "fr"}})
     assert pair_of(*runs).scores == {}
+
+
+@pytest.mark.parametrize("key", ["backend", "version", "settings"])
+def test_scores_of_another_backend_version_or_setting_are_left_out(tmp_path, key):
+    runs = [write_run(tmp_path / name, {1: "a"}, scores={"perspective": {("harmful-0", 1): 1.0}}) for name in "ab"]
+    about = {"quantity": "toxicity", "backend": "Perspective API", "version": "v1", "settings": {"language": "en"}}
+    for run in runs:
+        write_json(run / "scores.perspective.json", about)
+    assert pair_of(*runs).scores.keys() == {"perspective"}
+    write_json(runs[1] / "scores.perspective.json", about | {key: {"other": 1} if key == "settings" else "other"})
+    assert pair_of(*runs).scores == {}
+    assert "come from different scorers" in pair_of(*runs).notes[0]
 
 
 @pytest.mark.parametrize("line", ['{"sample": "harmful-0"}', "[1]", "{", '{"sample": "x", "exit": 1, "value": NaN}'])
@@ -135,5 +163,5 @@ def test_broken_scores_are_named_with_their_line(tmp_path, line):
     runs = [write_run(tmp_path / name, {1: "a"}, scores={"toxicity": {("harmful-0", 1): 1.0}}) for name in "ab"]
     with open(runs[1] / "scores.toxicity.jsonl", "a") as handle:
         handle.write(line + "\n")
-    with pytest.raises(UserError, match=r"scores\.toxicity\.jsonl, line 2: not a score"):
+    with pytest.raises(UserError, match=r"scores\.toxicity\.jsonl, line 2: not a Score"):
         pair_of(*runs)

@@ -1,5 +1,10 @@
 """The verdict of a comparison: the sentence, and each failure by its name."""
 
+import numpy as np
+import pytest
+
+from tests.compare_fixture import at, change_at, failures
+
 GOOD, ALL_REFUSED = {1: "a" * 40, 3: "a" * 40}, {1: "r" * 40, 3: "r" * 40}
 HOLE, CLOSED = {1: "a" * 40, 3: "r" * 40}, ALL_REFUSED
 AT_1 = {"config": {"adapter_info": {"method": "L-PPO", "exits": [1], "held_out": []}}}
@@ -89,4 +94,4 @@ def test_what_was_not_measured_is_said(compare_letters):
     sentence = found.verdict.sentence
     assert "ASR was not measured at exit 1" in sentence
     assert "over-refusal was not measured" in sentence
-    assert change_at(found, 1, "asr") is None
+    assert at(found, 1).changes["asr"] is None

@@ -1,5 +1,6 @@
 """The commands: one class a command, whose fields are its options."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -13,7 +14,7 @@ from ..judges import NAMES
 from ..judges.config import Judging
 from ..run import directory
 from ..shipping.config import SlimConfig
-from .console import Bar, print_answer, print_comparison, print_scores, writable
+from .console import Bar, print_answer, print_comparison, print_scores
 from .reward import RewardCommand
 
 DEMO_LIMIT = 48  # prompts of each kind, three a policy: fewer could not show that two exits are alike
@@ -175,10 +176,11 @@ class Compare:
     """Directory for compare.json, compare.md and compare.html; default: AFTER."""
 
     def run(self) -> None:
-        from ..comparison import compare_runs
+        from ..comparison import compare
 
-        with writable(self.out) if self.out else directory.edit_run(self.after) as folder:
-            print_comparison(compare_runs(self.before, self.after, folder), folder)
+        before, after = Run.open(self.before), Run.open(self.after)
+        with nullcontext(self.out) if self.out else directory.edit_run(self.after) as folder:
+            print_comparison(compare(before, after, out=folder))
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,13 @@
 """What the command line prints: progress, and the lines at the end of a command."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
 from ..run import directory
 from ..run.run import Run
 
 if TYPE_CHECKING:
+    from ..comparison import Comparison
     from ..measure.scores import ScoreFigures
 
 
@@ -71,32 +69,23 @@ def print_answer(folder: Path, report: Path) -> None:
     print(f"report: {report}")
 
 
-@contextmanager
-def writable(folder: Path) -> Iterator[Path]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the directory {folder} ({error.strerror}); choose another with --out") from None
-    yield folder
-
-
-def print_comparison(figures: dict[str, Any], folder: Path) -> None:
+def print_comparison(found: "Comparison") -> None:
     from rich.console import Console
 
     from ..comparison.page import table
     from ..report.text import visible
 
-    verdict, console = figures["verdict"], Console()
-    failures = [f"{failure['name']}: {failure['text']}" for failure in verdict["failures"]]
-    print(verdict["sentence"])
-    for line in (*failures, *verdict["detail"], *figures["notes"]):
+    verdict, console = found.verdict, Console()
+    failures = [f"{failure.name}: {failure.text}" for failure in verdict.failures]
+    print(verdict.sentence)
+    for line in (*failures, *verdict.detail, *found.figures.notes):
         print(f"- {visible(line)}")
     print()
     if console.is_terminal:
-        console.print(table(figures, console.width))
+        console.print(table(found.figures, console.width))
     else:
-        Console(width=10_000).print(table(figures, None))
-    print(f"comparison: {folder / 'compare.html'}")
+        Console(width=10_000).print(table(found.figures, None))
+    print(f"comparison: {found.path}")
 
 
 def print_scores(run: Run) -> None:

@@ -67,10 +67,11 @@ class Comparison:
                 cells: dict[str, str | float | None] = {"rows": title, "name": name}
                 for metric in self.figures.metrics:
                     change, key = row.changes[metric.key], metric.key
-                    cells[f"{key}_before"] = change and change.before.value
-                    cells[f"{key}_after"] = change and change.after.value
-                    cells[f"{key}_change"] = change and change.difference
-                    cells[f"{key}_low"], cells[f"{key}_high"] = (change.low, change.high) if change else (None, None)
+                    cells[f"{key}_before"] = change.before.value if change else None
+                    cells[f"{key}_after"] = change.after.value if change else None
+                    cells[f"{key}_change"] = change.difference if change else None
+                    cells[f"{key}_low"] = change.low if change else None
+                    cells[f"{key}_high"] = change.high if change else None
                     if metric.unit == "share":
                         cells[f"{key}_p_holm"] = change.p_holm if change and isinstance(change.p_holm, float) else None
                 yield cells

@@ -8,7 +8,7 @@ from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from ..measure.metrics import SIGNIFICANCE
+from ..measure.stats import SIGNIFICANCE
 from ..run.exit import Exit
 from ..run.figures import Interval
 from ..run.records import Kind
@@ -172,7 +172,7 @@ class ComparisonFigures:
 def _flat(row: dict[str, Json], name: str) -> dict[str, Json]:
     flat: dict[str, Json] = {}
     for key, value in row.items():
-        flat |= value if key == "changes" else {name if key == "name" else key: value}  # type: ignore[operator]
+        flat |= value if isinstance(value, dict) and key == "changes" else {name if key == "name" else key: value}
     return flat
 
 

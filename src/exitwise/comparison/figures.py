@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from ..measure import stats
-from ..measure.metrics import DRAWS, clusters_of
+from ..measure.metrics import clusters_of
 from ..measure.readings import METRICS, outcome
 from ..model.exit_names import BANDS, band_of
 from ..run.exit import Exit
@@ -174,7 +174,9 @@ def _holm(column: list[Change | None]) -> list[Change | None]:
     """One metric at every exit, with the p-values adjusted over the exits."""
     pvalues = {i: change.p for i, change in enumerate(column) if change and isinstance(change.p, float)}
     adjusted = dict(zip(pvalues, stats.holm(list(pvalues.values())), strict=True))
-    return [replace(change, p_holm=adjusted[i]) if change and i in adjusted else change for i, change in enumerate(column)]
+    return [
+        replace(change, p_holm=adjusted[i]) if change and i in adjusted else change for i, change in enumerate(column)
+    ]
 
 
 def _at_exit(table: PairedValues, column: int, seed: int) -> Change | None:
@@ -203,9 +205,7 @@ def _at_exit(table: PairedValues, column: int, seed: int) -> Change | None:
 
 def _means(tables: dict[str, PairedValues], exits: Sequence[Exit], seed: int) -> Changes:
     """Each metric's mean over the exits; None where nothing was scored twice."""
-    return {
-        key: _mean(table, tuple(table.exits.index(exit) for exit in exits), seed) for key, table in tables.items()
-    }
+    return {key: _mean(table, tuple(table.exits.index(exit) for exit in exits), seed) for key, table in tables.items()}
 
 
 def _mean(table: PairedValues, columns: tuple[int, ...], seed: int) -> Change | None:
@@ -218,9 +218,7 @@ def _mean(table: PairedValues, columns: tuple[int, ...], seed: int) -> Change | 
     before, after = table.before[:, columns], table.after[:, columns]
     limits = (-1.0, 1.0) if table.metric.unit == "share" else None
     rng = np.random.default_rng(seed)
-    found = stats.paired_cluster_bootstrap(
-        after, before, table.clusters, rng, DRAWS, limits=limits, crossing=table.crossing
-    )
+    found = stats.paired_cluster_bootstrap(after, before, table.clusters, rng, limits=limits, crossing=table.crossing)
     if found.difference is None:
         return None
     low, high = found.low, found.high

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from markupsafe import Markup
 
 from .. import report
+from ..model.exit_names import ranges
 from ..report import svg
 from ..report.html import digest, environment, percent
 from ..report.markup import markdown_grid, markdown_text
 from ..report.text import visible
 from ..report.transcripts import ANSWER_LIMIT
-from ..model.exit_names import ranges
 from ..run.directory import write_atomic
 from ..run.exit import Exit
 from ..run.figures import Interval
@@ -175,7 +175,7 @@ def page(figures: ComparisonFigures, judged: ComparisonVerdict, shown: list[Exam
     here = files(__package__)
     css = files(report).joinpath("report.css").read_text("utf-8") + here.joinpath("compare.css").read_text("utf-8")
     template = here.joinpath("compare.html.j2").read_text("utf-8")
-    by_exit, bands, groups = (rows for _, rows in sections(figures))
+    _, bands, groups = (rows for _, rows in sections(figures))
     return (
         environment()
         .from_string(template)

@@ -104,8 +104,9 @@ def _read(run: Run) -> ComparedRun:
             f"{run.path} holds 0 of {run.plan.n_requests} answers; finish it with the command that began it"
         )
     run.finished()
-    measured = run.read_object("metrics.json") is not None
-    judge = run.metrics.judge if measured else run.config.judge.split(",")[0].strip()
+    judge, caveat = run.config.judge.split(",")[0].strip(), ""
+    if run.read_object("metrics.json") is not None:
+        judge, caveat = run.metrics.judge, run.metrics.caveat
     verdicts = run.verdicts.get(judge, ())
     labels = {(v.sample, v.exit): v.label for v in verdicts if v.judge == judge}
     texts = {(c.sample, c.exit): c.text for c in run.completions}
@@ -124,7 +125,7 @@ def _read(run: Run) -> ComparedRun:
         {cell: labels[cell] for cell in cells},
         {cell: readings[cell[1]][cell[0]] for cell in cells},
         judge,
-        run.metrics.caveat if measured else "",
+        caveat,
     )
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from ..measure.metrics import SIGNIFICANCE
 from ..measure.readings import METRICS
+from ..measure.stats import SIGNIFICANCE
 from ..model.exit_names import ranges
 from ..run.exit import Exit
 from .changes import Change, ComparisonFigures, ComparisonVerdict, Failure, MeanChanges
