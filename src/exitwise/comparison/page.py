@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from markupsafe import Markup
 
 from .. import report
-from ..model.exit_names import ranges
 from ..report import svg
-from ..report.html import digest, environment, percent
+from ..report.html import digest, environment, percent, ranges
 from ..report.markup import markdown_grid, markdown_text
 from ..report.text import visible
 from ..report.transcripts import ANSWER_LIMIT
