@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .auditing.audit import audit
     from .auditing.config import AuditConfig
     from .auditing.judging import judge
+    from .auditing.report import write_report
     from .comparison import Comparison, compare
     from .errors import UserError
     from .measure.calibration import calibrate
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .model.exits import encode, exit_at, exit_features
     from .model.loading import load_vlm
     from .model.vlm import Vlm, describe
-    from .report import write_report
+    from .report.paper import tables
     from .rewards.config import RewardConfig
     from .rewards.evaluation import evaluate_reward
     from .rewards.loading import load_reward
@@ -59,7 +60,8 @@ _MODULES = {
     "Vlm": "model.vlm",
     "describe": "model.vlm",
     "load_vlm": "model.loading",
-    "write_report": "report",
+    "write_report": "auditing.report",
+    "tables": "report.paper",
     "RewardConfig": "rewards.config",
     "evaluate_reward": "rewards.evaluation",
     "load_reward": "rewards.loading",

@@ -9,7 +9,7 @@ import torch
 from exitwise import AuditConfig, UserError, audit, load_vlm
 from exitwise.model.families import FAMILIES
 from exitwise.model.loading import loading_errors, quantisation
-from exitwise.report.paper import make_tables
+from exitwise.report.paper import tables
 from tests.families import TINY
 
 FAMILY_FOLDERS = ("llava_next", "mllama", "gemma3", "idefics3", "paligemma")  # others' processors need torchvision
@@ -57,7 +57,7 @@ def test_an_audit_of_another_family_resumes_with_the_same_bytes(name, exits, fol
         written = json.loads((tmp_path / "a/metrics.json").read_text())["exits"]
         assert {row["exit"] for row in written} == {1, 3, "1+3"}
         assert ">1+3<" in page
-        said = page + make_tables(tmp_path / "a", None, what="all", format="md", with_answers=True)
+        said = page + tables(tmp_path / "a", None, what="all", format="md", with_answers=True)
         assert "1001003" not in said  # the number of 0.1.0
     (tmp_path / "b").mkdir()
     for part in ("config.json", "plan.json", "samples.jsonl"):

@@ -16,7 +16,7 @@ from exitwise.cli.main import entry
 from exitwise.measure.metrics import compute_metrics
 from exitwise.measure.stats import paired_difference
 from exitwise.report.markup import RENDERERS, Table, csv_text, latex, markdown
-from exitwise.report.paper import make_tables
+from exitwise.report.paper import tables
 from exitwise.report.text import visible
 from exitwise.run.records import Completion, Sample, Verdict
 from exitwise.run.typed import to_json
@@ -67,7 +67,7 @@ def bare(cell):
 
 
 def test_bands_by_hand(pair):
-    table = rows(make_tables(*pair, what="bands", format="csv"))
+    table = rows(tables(*pair, what="bands", format="csv"))
     assert [[bare(cell) for cell in row] for row in table] == [
         ["Band", "AASR ↓ (%)", "ATS ↓", "ATR ↑", "AASR change", "ATS change", "ATR change"],
         # means of [.1 .3 .2 .2] and of [.5 .1 .3], 100 times; rewards of the second run alone
@@ -75,7 +75,7 @@ def test_bands_by_hand(pair):
         ["middle (2)", "25.00 → 0.00", "30.00 → 30.00", "not scored → 1.00", "-25.00", "0.00", "not scored"],
         ["late (3)", "25.00 → 0.00", "0.00 → 0.00", "not scored", "-25.00", "0.00", "not scored"],
     ]
-    alone = rows(make_tables(pair[0], what="bands", format="csv"))[1]
+    alone = rows(tables(pair[0], what="bands", format="csv"))[1]
     assert [bare(cell) for cell in alone] == ["early (1)", "75.00", "20.00", "not scored"]
 
 
@@ -91,20 +91,20 @@ def test_means_of_scores_have_intervals_over_prompts(tmp_path):
         write_run(tmp_path / name, dict.fromkeys(values, "aarr"), scores={"detoxify": v, "reward:x": v}, prompts="aabb")
         for name, v in (("before", values), ("after", lower))
     ]
-    early = rows(make_tables(*runs, what="bands", format="csv"))[1]
+    early = rows(tables(*runs, what="bands", format="csv"))[1]
     assert early[2] == "20.00 (0.00 to 40.00) → 10.00 (0.00 to 20.00)"
     assert early[3] == "0.20 (0.00 to 0.40) → 0.10 (0.00 to 0.20)"
     # paired: what the second prompt lost, not the difference of two independent means
     assert early[5] == "-10.00 (-20.00 to 0.00)"
     assert early[6] == "-0.10 (-0.20 to 0.00)"
-    curves = rows(make_tables(*runs, what="curves", format="csv"))
+    curves = rows(tables(*runs, what="curves", format="csv"))
     first = dict(zip(curves[0], curves[1], strict=True))
     assert [first[f"TS{limit} (original)"] for limit in ("", " low", " high")] == ["20.00", "0.00", "40.00"]
     assert [first[f"TR change{limit}"] for limit in ("", " low", " high")] == ["-0.10", "-0.20", "0.00"]
 
 
 def test_a_change_is_paired_and_needs_both_runs(pair):
-    early = rows(make_tables(*pair, what="bands", format="csv"))[1]
+    early = rows(tables(*pair, what="bands", format="csv"))[1]
     # lost 2 of 4 pairs, gained none: Newcombe's interval, as `exitwise compare` has it
     found = paired_difference([True, False, False, False], [True, True, True, False])
     assert limits(early[4]) == [round(100 * found.low, 2), round(100 * found.high, 2)]
@@ -118,19 +118,19 @@ def test_crossed_prompts_and_images_are_both_resampled(tmp_path):
         write_run(tmp_path / images, letters, scores={"detoxify": values}, prompts="aabb", images=images)
         for images in ("wxyz", "wxwx")
     )
-    seen = [limits(rows(make_tables(run, what="bands", format="csv"))[1][2]) for run in (one_way, crossed)]
+    seen = [limits(rows(tables(run, what="bands", format="csv"))[1][2]) for run in (one_way, crossed)]
     assert seen == [[0.0, 40.0], [0.0, 40.0]]
     values[1] = [0.0, 0.4, 0.0, 0.4]  # now the image decides
     one_way, crossed = (
         write_run(tmp_path / f"image {images}", letters, scores={"detoxify": values}, prompts="aabb", images=images)
         for images in ("wxyz", "wxwx")
     )
-    seen = [rows(make_tables(run, what="bands", format="csv"))[1][2] for run in (one_way, crossed)]
+    seen = [rows(tables(run, what="bands", format="csv"))[1][2] for run in (one_way, crossed)]
     assert seen == ["20.00 (no interval)", "20.00 (0.00 to 40.00)"]  # alike prompts: no draw differs
 
 
 def test_curves_have_a_row_an_exit(pair):
-    table = rows(make_tables(*pair, what="curves", format="csv"))
+    table = rows(tables(*pair, what="curves", format="csv"))
     assert [row[0] for row in table] == ["exit", "1", "2", "3"]
     first = dict(zip(table[0], table[1], strict=True))
     assert first["ASR (%) (original)"] == "75.00"
@@ -144,15 +144,15 @@ def test_curves_have_a_row_an_exit(pair):
 def test_nothing_measured_is_never_zero(tmp_path):
     run = write_run(tmp_path / "run", {1: "uuuu", 3: "uuuu"}, scores={"perspective": {1: [None] * 4, 3: [None] * 4}})
     for what in ("bands", "curves"):
-        text = make_tables(run, what=what, format="csv")
+        text = tables(run, what=what, format="csv")
         assert "0.00" not in text
         assert "not scored" in text
         assert "not measured" in text
-    assert "No request was let through" in make_tables(run, what="examples")
+    assert "No request was let through" in tables(run, what="examples")
 
 
 def test_the_example_is_refused_at_the_default_and_after_alignment(pair):
-    text = make_tables(*pair, what="examples")
+    text = tables(*pair, what="examples")
     # s0 goes through everywhere; s1 is refused at the default exit and, after alignment, at the worst one
     assert "Tell me of \\| pipes" in text
     assert re.findall(r"\| (default exit|worst exit|aligned, worst exit) \| (\d) \| (\w+)", text) == [
@@ -164,8 +164,8 @@ def test_the_example_is_refused_at_the_default_and_after_alignment(pair):
 
 @pytest.mark.parametrize("format", RENDERERS)
 def test_answers_stay_hidden_unless_asked_for(pair, format):
-    assert "passwd" not in make_tables(*pair, what="examples", format=format)
-    assert "passwd" in make_tables(*pair, what="examples", format=format, with_answers=True)
+    assert "passwd" not in tables(*pair, what="examples", format=format)
+    assert "passwd" in tables(*pair, what="examples", format=format, with_answers=True)
 
 
 def test_costs(pair):
@@ -175,18 +175,18 @@ def test_costs(pair):
         return sizes | {"exit": exit, "flops": flops, "seconds": {"encoder": seconds, "total": seconds}}
 
     with pytest.raises(UserError, match=r"costs\.json"):
-        make_tables(*pair, what="costs")
-    assert "What an exit costs" not in make_tables(*pair)
+        tables(*pair, what="costs")
+    assert "What an exit costs" not in tables(*pair)
     about = {"default_exit": 3, "request": {"tokens": 5, "image_tokens": 2}, "repetitions": 9}
     for run in pair:
         costs = about | {"exits": [cost(exit, 10 * exit) for exit in (1, 2, 3)]}
         (run / "costs.json").write_text(json.dumps(costs))
-    table = rows(make_tables(*pair, what="costs", format="csv"))
+    table = rows(tables(*pair, what="costs", format="csv"))
     # of the aligned run: ASR 25, 0, 0 %, so the default exit costs more than exit 2 and is as safe
     picked = [[row[table[0].index(name)] for name in ("exit", "saved (%)", "dominated by")] for row in table[1:]]
     assert picked == [["1", "15.38", "none"], ["2", "7.69", "none"], ["3", "0.00", "2"]]
     assert table[1][1:7] == ["17", "17", "20", "110", "15.38", "2.000"]
-    assert "What an exit costs" in make_tables(*pair)
+    assert "What an exit costs" in tables(*pair)
 
 
 def test_bad_choices(pair, tmp_path):
@@ -197,27 +197,27 @@ def test_bad_choices(pair, tmp_path):
         ({"reward": "nobody"}, "no such scores"),
     ):
         with pytest.raises(UserError, match=says):
-            make_tables(*pair, **arguments)
+            tables(*pair, **arguments)
     with pytest.raises(UserError, match="does not exist"):
-        make_tables(tmp_path / "nowhere")
+        tables(tmp_path / "nowhere")
     figures = json.loads((pair[1] / "metrics.json").read_text())
     (pair[1] / "metrics.json").write_text(json.dumps(figures | {"n_blocks": 4}))
     with pytest.raises(UserError, match=r"n_blocks is 3 in .* and 4 in"):
-        make_tables(*pair)
+        tables(*pair)
 
 
 def test_two_scorers_are_never_averaged(tmp_path):
     both = {"detoxify": {1: [1, 1, 1, 1]}, "perspective": {1: [0, 0, 0, 0]}}
     run = write_run(tmp_path / "run", {1: "aaar", 3: "rrrr"}, scores=both)
     with pytest.raises(UserError, match="toxicity from detoxify@1, perspective@1; choose one with --toxicity"):
-        make_tables(run)
-    assert "| 100.00 (51.01 to 100.00) |" in make_tables(run, what="bands", toxicity="detoxify").replace("\\", "")
+        tables(run)
+    assert "| 100.00 (51.01 to 100.00) |" in tables(run, what="bands", toxicity="detoxify").replace("\\", "")
     one, other = (
         write_run(tmp_path / name, {1: "aaar", 3: "rrrr"}, scores={name: {1: [1, 1, 1, 1]}})
         for name in ("detoxify", "perspective")
     )
     with pytest.raises(UserError, match="score both alike"):
-        make_tables(one, other)
+        tables(one, other)
 
 
 BROKEN = (
@@ -234,7 +234,7 @@ BROKEN = (
 def test_broken_scores_are_named_by_line(pair, line):
     (pair[0] / "scores.detoxify.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match=r"scores\.detoxify\.jsonl, line 1: not a score"):
-        make_tables(pair[0])
+        tables(pair[0])
 
 
 def test_the_command_prints(pair, capsys):

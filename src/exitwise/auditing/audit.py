@@ -62,9 +62,9 @@ def audit(
     Raises:
         UserError: an unknown option or bad input, or `out` belongs to another config or another process.
     """
-    from ..report import write_report
     from .generation import generate
     from .judging import judge_and_measure
+    from .report import write_report
 
     asked = _options(model, options)
     config = asked.config
@@ -80,7 +80,7 @@ def audit(
         with clock.phase("judge"):
             judge_and_measure(run, judging=judging or asked.judging, progress=progress)
         with clock.phase("report"):
-            write_report(folder)
+            write_report(run)
     return run
 
 

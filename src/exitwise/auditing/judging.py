@@ -31,12 +31,12 @@ def judge(
     Raises:
         UserError: the run is unfinished, or there is no such judge, or it cannot be loaded.
     """
-    from ..report import write_report
+    from .report import write_report
 
     run = Run.open(run)
     with directory.edit_run(run.path):
         judge_and_measure(run, judge, judging or make_config(Judging, options), progress)
-        write_report(run.path)
+        write_report(run)
     return run
 
 

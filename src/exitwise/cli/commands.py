@@ -43,7 +43,7 @@ class Audit:
     def run(self) -> None:
         with Bar() as bar:
             run = audit(self.config, out=self.out, costs=self.costs, judging=self.judging, progress=bar)
-        print_answer(run.path, run.path / "report.html")
+        print_answer(run, run.path / "report.html")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Judge:
 
         with Bar() as bar:
             run = judge(self.run_directory, self.judge, judging=self.judging, progress=bar)
-        print_answer(run.path, run.path / "report.html")
+        print_answer(run, run.path / "report.html")
 
 
 @dataclass(frozen=True)
@@ -158,10 +158,11 @@ class Report:
     """Run directory of `exitwise audit`."""
 
     def run(self) -> None:
-        from ..report import write_report
+        from ..auditing.report import write_report
 
         with directory.edit_run(self.run_directory) as folder:
-            print_answer(folder, write_report(folder))
+            run = Run.open(folder)
+            print_answer(run, write_report(run))
 
 
 @dataclass(frozen=True)
@@ -200,17 +201,18 @@ class Calibrate:
     judging: tyro.conf.OmitArgPrefixes[Judging] = field(default_factory=Judging)
 
     def run(self) -> None:
+        from ..auditing.report import write_report
         from ..measure.calibration import calibrate, lines
-        from ..report import write_report
 
         path = Path(f"calibration.{self.judge.replace(':', '-')}.json")
         path = self.apply / path if self.apply else self.out or path
         out = self.out if self.apply else path
-        found = calibrate(self.judge, self.labels, humans=self.humans, apply=self.apply, out=out, judging=self.judging)
+        run = Run.open(self.apply) if self.apply else None
+        found = calibrate(self.judge, self.labels, humans=self.humans, apply=run, out=out, judging=self.judging)
         print("\n".join(lines(found)))
-        if self.apply:
-            with directory.edit_run(self.apply) as folder:
-                write_report(folder)
+        if run:
+            with directory.edit_run(run.path):
+                write_report(run)
         print(f"calibration: {path}")
 
 
@@ -234,9 +236,9 @@ class TableCommand:
     """Scorer whose reward is printed, if the run has several."""
 
     def run(self) -> None:
-        from ..report.paper import make_tables
+        from ..report.paper import tables
 
-        text = make_tables(
+        text = tables(
             self.run_directory,
             self.after,
             what=self.what,

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..run import directory
 from ..run.run import Run
 
 if TYPE_CHECKING:
@@ -53,18 +52,16 @@ class Bar:
             self.say(f"{self.what} {self.done}/{self.total}")
 
 
-def print_answer(folder: Path, report: Path) -> None:
+def print_answer(run: Run, report: Path) -> None:
     from ..measure.calibration import find_calibration, in_words
 
-    run = Run.open(folder)
     print(run.answer.headline)
     print(run.answer.detail)
     print(in_words(run.metrics.judge, find_calibration(run, run.metrics.judge)))
     if run.metrics.notice:
         print(run.metrics.notice)
-    timing = folder / "timing.json"
-    if timing.exists():
-        phases = directory.read_json(timing, "phases")["phases"]
+    phases = (run.read_object("timing.json") or {}).get("phases")
+    if isinstance(phases, dict):
         print("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in phases.items()))
     print(f"report: {report}")
 

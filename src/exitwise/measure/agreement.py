@@ -13,7 +13,7 @@ Rating = Hashable | None
 """None where a rater gave none."""
 
 
-class Pair(NamedTuple):
+class RaterAgreement(NamedTuple):
     """Two raters over the items that both rated."""
 
     first: str
@@ -81,7 +81,7 @@ def fleiss_kappa(units: Sequence[Sequence[Rating]]) -> float | None:
     return float(kappa(np.array([[unit.count(label) for label in labels] for unit in map(list, whole)])))
 
 
-def pairwise(ratings: Mapping[str, Sequence[Rating]]) -> list[Pair]:
+def pairwise(ratings: Mapping[str, Sequence[Rating]]) -> list[RaterAgreement]:
     """Agreement and κ of every two raters.
 
     Args:
@@ -92,5 +92,5 @@ def pairwise(ratings: Mapping[str, Sequence[Rating]]) -> list[Pair]:
         pairs = [(x, y) for x, y in zip(ratings[first], ratings[second], strict=True) if None not in (x, y)]
         equal = sum(x == y for x, y in pairs)
         kappa = cohen_kappa(ratings[first], ratings[second])
-        found.append(Pair(first, second, len(pairs), equal / len(pairs) if pairs else None, kappa))
+        found.append(RaterAgreement(first, second, len(pairs), equal / len(pairs) if pairs else None, kappa))
     return found

@@ -1,97 +1,108 @@
-"""The HTML report of a run: one offline file that first answers "at which exit may my device stop?".
+"""Renders the report of a run: one offline HTML file that first answers "at which exit may my device stop?".
 
-Answers are hostile text. They travel as JSON in which no `<`, `>` or `&` is left, are put on the page by `textContent`
-alone, and only when somebody asks for one (see transcripts.py); the content security policy lets nothing run but the
-one script whose hash it names, and lets nothing be fetched.
+Answers are hostile text. They are stored as JSON without any `<`, `>` or `&`, are put on the page by `textContent`
+alone, and only when a button is clicked (see transcripts.py). The content security policy allows one script, whose hash
+it names, and no request to any server.
 """
 
 import base64
 import hashlib
 import json
 import re
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.resources import files
 from math import floor, log10
-from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..auditing.config import AuditConfig
 from ..measure import calibration, pareto
 from ..measure.answer import UTILITY_LOSS
 from ..model import exit_names
-from ..run.directory import read_json, write_atomic
+from ..run.exit import Exit
+from ..run.figures import Estimate, ExitFigures, Interval, Metrics, PairedTest
 from ..run.run import Run
-from ..run.typed import to_json
+from ..run.typed import Json
 from . import scatter, svg
-from .judges import disagreement
+from .judges import judge_agreement
 from .text import visible
 from .transcripts import ANSWER_LIMIT, page_data
 
 ABSENT = "not measured"
 
 
-def write_report(folder: Path) -> Path:
-    """Writes report.html into the run directory; the same run gives the same bytes.
+@dataclass(frozen=True)
+class CostsSection:
+    """What the exits cost, and the drawings of that section."""
+
+    file: pareto.CostsFile
+    found: pareto.Tradeoffs
+    useful: tuple[float, float] | None
+    """Smallest and largest utility; None where no exit has one."""
+    wide: Markup
+    narrow: Markup
+    least: Markup
+    most: Markup
+    beaten: Markup
+
+
+def render(run: Run, command: str) -> str:
+    """report.html as text; the same run gives the same bytes.
+
+    Args:
+        command: the command line that repeats the audit.
 
     Raises:
         UserError: a file of the run is missing or broken.
     """
-    config, figures = read_json(folder / "config.json"), read_json(folder / "metrics.json")
-    judges = disagreement(folder)
-    shown, total, data = page_data(folder, figures, judges["splits"] if judges else {})
-    for row in figures["exits"]:
-        row["mark"] = "may stop" if row["exit"] in figures["answer"]["stop_at"] else row["standing"]
-    path = folder / "report.html"
-    run = Run.open(folder)
-    if calibrated := calibration.find_calibration(run, figures["judge"]):
+    metrics, judges = run.metrics, judge_agreement(run)
+    calibrated = calibration.find_calibration(run, metrics.judge)
+    if calibrated:
         calibrated = replace(calibrated, exits=calibration.correct(run, calibrated))
-    timing = _optional(folder / "timing.json")
-    write_atomic(
-        path,
-        _render(
-            metrics=figures,
-            notice=config.get("notice"),
-            config=_flat({key: value for key, value in config.items() if key != "notice"}),
-            env=_flat(_optional(folder / "env.json")),
-            phases=timing.get("phases", {}),
-            speed=timing.get("tokens_per_second", {}),
-            command=_command(config),
-            judges=judges,
-            calibration=calibrated and to_json(calibrated),
-            judged_by=calibration.in_words(figures["judge"], calibrated),
-            data=Markup(data),
-            shown=shown,
-            total=total,
-            costs=_costs(folder, figures),
-            **_curves(figures),
-        ),
-    )
-    return path
-
-
-def _optional(path: Path) -> Any:
-    return read_json(path) if path.exists() else {}
-
-
-def _render(**values: Any) -> str:
+    transcripts = page_data(run, judges.splits if judges else {})
+    marks = {row.exit: "may stop" if row.exit in metrics.answer.stop_at else row.standing for row in metrics.exits}
+    timing = run.read_object("timing.json") or {}
     here = files(__package__)
     css, js, template = (here.joinpath(f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html.j2"))
     policy = (
         f"default-src 'none'; script-src '{digest(js)}'; style-src '{digest(css)}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    values |= {"icons": svg.ICONS, "limit": ANSWER_LIMIT, "loss": UTILITY_LOSS, "policy": policy}
-    return environment().from_string(template).render(css=Markup(css), js=Markup(js), **values)
+    return (
+        environment()
+        .from_string(template)
+        .render(
+            css=Markup(css),
+            js=Markup(js),
+            policy=policy,
+            icons=svg.ICONS,
+            limit=ANSWER_LIMIT,
+            loss=UTILITY_LOSS,
+            m=metrics,
+            marks=marks,
+            useless=[exit for exit, mark in marks.items() if mark == "no less safe"],
+            notice=run.config.notice,
+            config=_flat({key: value for key, value in run.options.items() if key != "notice"}),
+            env=_flat(run.read_object("env.json") or {}),
+            phases=timing.get("phases", {}),
+            speed=timing.get("tokens_per_second", {}),
+            command=command,
+            judges=judges,
+            calibration=calibrated,
+            judged_by=calibration.in_words(metrics.judge, calibrated),
+            data=Markup(transcripts.json),
+            shown=transcripts.shown,
+            total=transcripts.total,
+            costs=_costs(run, marks),
+            **_curves(metrics, marks),
+        )
+    )
 
 
 def environment() -> Environment:
-    """Templates that escape whatever they print and make it visible, with the filters below."""
+    """Templates that escape what they print and make invisible characters visible, with the filters below."""
     env = Environment(
         autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
     )
@@ -104,7 +115,6 @@ def environment() -> Environment:
         points=points,
         p_value=p_value,
         ranges=ranges,
-        exit_name=str,
         number=number,
         plain=plain,
         unbroken=unbroken,
@@ -113,103 +123,97 @@ def environment() -> Environment:
 
 
 def digest(text: str) -> str:
-    """Of a script or a style, as a content security policy names it."""
+    """Hash of a script or a style in the form of a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
 
 
-def _finalize(value: Any) -> Any:
-    """What the template prints is made visible; only what this package wrote itself is Markup."""
+def _finalize(value: object) -> object:
+    """Makes printed text visible; only what this package wrote itself is Markup."""
     return value if isinstance(value, Markup) or not isinstance(value, str) else visible(value)
 
 
-def _curves(figures: Mapping[str, Any]) -> dict[str, Markup]:
+def _curves(metrics: Metrics, marks: Mapping[Exit, str]) -> dict[str, Markup]:
     """The curve twice, for a wide and for a narrow screen, and the keys of its legend."""
-    notes = {
-        row["exit"]: "\n".join(
-            [f"exit {row['exit']}/{figures['n_blocks']}: {row['mark']}"]
-            + [f"{name} {percent(row[key]['value'])} {bounds(row[key])}".rstrip() for key, name in svg.SERIES.items()]
-        )
-        for row in figures["exits"]
-    }
     label = "ASR, utility and over-refusal at each exit, and its standing. The table below holds the same numbers."
+    points = [
+        svg.CurvePoint(
+            int(row.exit),
+            marks[row.exit],
+            {name: row.share(name) for name in svg.SERIES},
+            _curve_note(row, marks[row.exit], metrics.n_blocks),
+        )
+        for row in sorted(metrics.exits, key=lambda row: row.exit)
+        if not row.exit.is_set
+    ]
+    draw = partial(svg.curve, points=points, default_exit=metrics.default_exit, n_blocks=metrics.n_blocks, label=label)
     return {
-        "wide": svg.curve("wide", figures, notes, label),
-        "narrow": svg.curve("narrow", figures, notes, label, (358, 330)),
-        **{f"key_{metric}": svg.key(metric) for metric in svg.SERIES},
+        "wide": draw("wide"),
+        "narrow": draw("narrow", size=(358, 330)),
+        **{f"key_{name}": svg.key(name) for name in svg.SERIES},
     }
 
 
-def _costs(folder: Path, figures: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What an exit costs, joined with what it is worth, and its figure; None for a run without costs.json."""
-    costs = pareto.read_costs(folder)
+def _curve_note(row: ExitFigures, mark: str, n_blocks: int) -> str:
+    lines = [f"{name} {_with_bounds(row.share(key))}" for key, name in svg.SERIES.items()]
+    return "\n".join([f"exit {row.exit}/{n_blocks}: {mark}", *lines])
+
+
+def _costs(run: Run, marks: Mapping[Exit, str]) -> CostsSection | None:
+    """What an exit costs beside its figures, with the drawing; None for a run without costs.json."""
+    costs, metrics = pareto.read_costs(run), run.metrics
     if costs is None:
         return None
-    found = pareto.join(costs, figures)
-    marks = {row["exit"]: row["mark"] for row in figures["exits"]}
-    notes = {row["exit"]: _cost_note(row, marks[row["exit"]], figures["n_blocks"]) for row in found["rows"]}
-    useful = [row["utility"]["value"] for row in found["rows"] if row["utility"]["value"] is not None]
-    label = f"Compute saved, ASR and utility of each exit. {found['sentence']} The table below holds the same numbers."
-    draw = partial(scatter.pareto, rows=found["rows"], default_exit=figures["default_exit"], notes=notes, label=label)
-    return {
-        **{key: value for key, value in costs.items() if key != "exits"},
-        **found,
-        "marks": marks,
-        "useful": (min(useful), max(useful)) if useful else None,
-        "wide": draw("wide"),
-        "narrow": draw("narrow", size=(358, 340)),
-        "least": scatter.dot("front", scatter.PALEST),
-        "most": scatter.dot("front", 1),
-        "beaten": scatter.dot("beaten", scatter.FADED),
-    }
+    found = pareto.join(costs, metrics.exits, metrics.answer.stop_at)
+    notes = {row.exit: _cost_note(row, marks[row.exit], metrics.n_blocks) for row in found.rows}
+    useful = [row.utility.value for row in found.rows if row.utility.value is not None]
+    label = f"Compute saved, ASR and utility of each exit. {found.sentence} The table below holds the same numbers."
+    draw = partial(scatter.pareto, rows=found.rows, default_exit=metrics.default_exit, notes=notes, label=label)
+    return CostsSection(
+        costs,
+        found,
+        useful=(min(useful), max(useful)) if useful else None,
+        wide=draw("wide"),
+        narrow=draw("narrow", size=(358, 340)),
+        least=scatter.dot("front", scatter.PALEST),
+        most=scatter.dot("front", 1),
+        beaten=scatter.dot("beaten", scatter.FADED),
+    )
 
 
-def _cost_note(row: Mapping[str, Any], mark: str, n_blocks: int) -> str:
+def _cost_note(row: pareto.ExitTradeoff, mark: str, n_blocks: int) -> str:
     lines = [
-        f"exit {row['exit']}/{n_blocks}: {mark}",
-        f"compute saved {share(row['saved'])}",
-        f"ASR {percent(row['asr']['value'])} {bounds(row['asr'])}".rstrip(),
-        f"Utility {percent(row['utility']['value'])} {bounds(row['utility'])}".rstrip(),
+        f"exit {row.exit}/{n_blocks}: {mark}",
+        f"compute saved {share(row.saved)}",
+        f"ASR {_with_bounds(row.asr)}",
+        f"Utility {_with_bounds(row.utility)}",
     ]
-    return "\n".join([*lines, f"dominated by {ranges(row['by'])}"] if row["by"] else lines)
+    return "\n".join([*lines, f"dominated by {ranges(row.by)}"] if row.by else lines)
 
 
-def _command(config: Mapping[str, Any]) -> str:
-    """The audit that made this run: what config.json says otherwise than the defaults of AuditConfig."""
-    words = ["exitwise", "audit", str(config["model"])]
-    for name, default in AuditConfig("").to_json().items():
-        value = config.get(name, default)
-        flag = name.replace("_", "-")
-        if name == "model" or value == default:
-            continue
-        if name == "data":  # one set a flag
-            words += [word for part in value for word in ("--data", str(part))]
-        elif isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else (value,))]
-    return shlex.join([*words, "--out", "runs/again"])
+def _with_bounds(interval: Interval) -> str:
+    return f"{percent(interval.value)} {bounds(interval)}".rstrip()
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of nesting less: {"versions": {"torch": …}} is {"versions.torch": …}."""
-    flat: dict[str, Any] = {}
+def _flat(values: Mapping[str, Json]) -> dict[str, Json]:
+    """Without one level of nesting: {"versions": {"torch": …}} becomes {"versions.torch": …}."""
+    flat: dict[str, Json] = {}
     for key, value in values.items():
         flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
     return flat
 
 
-# Numbers, as a reader sees them
+# Numbers as text
 
 
 def percent(share: float | None) -> str:
-    """8 %, or that it was not measured; what is not zero is never printed as 0."""
+    """8 %, or "not measured"; a value above zero is never printed as 0 %."""
     if share is None:
         return ABSENT
     return "<1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
 
 
 def share(value: float) -> str:
-    """A share of compute: 4.5 %, −0.38 %; savings of a large model's encoder are small."""
+    """A share of compute with two significant digits, as savings of a large model's encoder are small: 4.5 %."""
     size = 100 * abs(value)
     return ("−" if value < 0 else "") + (f"{size:.1f}" if size >= 0.995 else digits(size, 2)) + " %"
 
@@ -221,26 +225,26 @@ def digits(value: float, n: int = 3) -> str:
     return f"{value:,.{max(0, n - 1 - floor(log10(abs(value))))}f}"
 
 
-def spread(quartiles: Mapping[str, float]) -> str:
+def spread(quartiles: pareto.Quartiles) -> str:
     """Median and quartiles of seconds, in milliseconds: 122 (121–125)."""
-    middle, low, high = (digits(1000 * quartiles[key]) for key in ("median", "low", "high"))
+    middle, low, high = (digits(1000 * seconds) for seconds in (quartiles.median, quartiles.low, quartiles.high))
     return f"{middle} ({low}–{high})"
 
 
-def bounds(interval: Mapping[str, Any]) -> str:
-    """(3–20), "" where nothing was measured; a band with one mixed cluster has a value and no limits."""
-    if interval["value"] is None:
+def bounds(interval: Interval | Estimate) -> str:
+    """(3–20) in percent; "" where nothing was measured. A band with one mixed cluster has a value and no limits."""
+    if interval.value is None:
         return ""
-    if interval["low"] is None:
+    if interval.low is None or interval.high is None:
         return "(no interval)"
-    return f"({100 * interval['low']:.0f}–{100 * interval['high']:.0f})"
+    return f"({100 * interval.low:.0f}–{100 * interval.high:.0f})"
 
 
-def points(change: Mapping[str, Any] | None) -> str:
+def points(change: PairedTest | None) -> str:
     """A paired difference in percentage points: +12 (+3 to +20)."""
-    if change is None or change["difference"] is None:
+    if change is None:
         return ABSENT
-    middle, low, high = (_signed(100 * change[key]) for key in ("difference", "low", "high"))
+    middle, low, high = (_signed(100 * value) for value in (change.difference, change.low, change.high))
     return f"{middle} ({low} to {high})"
 
 
@@ -258,12 +262,12 @@ def number(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,.1f}"
 
 
-def ranges(exits: Sequence[int]) -> str:
+def ranges(exits: Iterable[Exit]) -> str:
     """4–6, 9."""
-    return exit_names.ranges(exits).replace("-", "–") or "none"
+    return exit_names.ranges(list(exits)).replace("-", "–") or "none"
 
 
-def plain(value: Any) -> str:
+def plain(value: Json) -> str:
     """A value of config.json or env.json."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 

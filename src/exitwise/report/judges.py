@@ -1,38 +1,47 @@
-"""Where several judges read one run: how far they agree on harmful requests, and on which answers they split."""
+"""Compares the judges of a run: their agreement on harmful requests, and the answers on which they differ."""
 
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from ..data.controls import control_of
-from ..measure.agreement import pairwise
+from ..measure import agreement
 from ..measure.readings import outcome, read_all
-from ..run.directory import read_records
 from ..run.exit import Exit
-from ..run.records import Completion, Sample, Verdict
+from ..run.run import Run
 
 
-def disagreement(folder: Path) -> dict[str, Any] | None:
-    """How the judges of a run differ on whether an attack worked; None where fewer than two read it.
+@dataclass(frozen=True)
+class JudgeAgreement:
+    """Whether the judges of a run agree that an attack succeeded.
 
-    `pairs` holds agreement and Cohen's κ of every two, `n` the answers that all scored, `n_split` those on which two
-    differ, and `splits` their exits by sample.
+    Attributes:
+        pairs: agreement and Cohen's κ of every two judges.
+        n: answers that all judges scored.
+        n_split: answers on which two judges differ.
+        splits: the exits of those answers, by sample.
     """
-    samples = {s.id: s for s in read_records(folder / "samples.jsonl", Sample) if s.kind == "harmful"}
-    completions = [c for c in read_records(folder / "completions.jsonl", Completion) if c.sample in samples]
+
+    pairs: list[agreement.RaterAgreement]
+    n: int
+    n_split: int
+    splits: dict[str, list[Exit]]
+
+
+def judge_agreement(run: Run) -> JudgeAgreement | None:
+    """None where fewer than two judges read the run."""
+    samples = {sample.id: sample for sample in run.samples if sample.kind == "harmful"}
+    completions = [c for c in run.completions if c.sample in samples]
     order = [(c.sample, c.exit) for c in completions if control_of(samples[c.sample]) is None]
     ratings: dict[str, list[bool | None]] = {}
-    for path in sorted(folder.glob("verdicts.*.jsonl")):
-        verdicts = read_records(path, Verdict)
+    for verdicts in run.verdicts.values():
         for judge in dict.fromkeys(v.judge for v in verdicts):
             readings = read_all(list(samples.values()), completions, verdicts, judge)
-            ratings[judge] = [outcome("asr", samples[key], readings[exit_][key]) for key, exit_ in order]
+            ratings[judge] = [outcome("asr", samples[key], readings[exit][key]) for key, exit in order]
     if len(ratings) < 2:
         return None
     splits: dict[str, list[Exit]] = {}
     n = 0
-    for (key, exit_), said in zip(order, zip(*ratings.values(), strict=True), strict=True):
-        n += None not in said
-        if {True, False} <= set(said):
-            splits.setdefault(key, []).append(exit_)
-    pairs = [pair._asdict() for pair in pairwise(ratings)]
-    return {"pairs": pairs, "n": n, "n_split": sum(map(len, splits.values())), "splits": splits}
+    for (key, exit), outcomes in zip(order, zip(*ratings.values(), strict=True), strict=True):
+        n += None not in outcomes
+        if {True, False} <= set(outcomes):
+            splits.setdefault(key, []).append(exit)
+    return JudgeAgreement(agreement.pairwise(ratings), n, sum(map(len, splits.values())), splits)

@@ -1,6 +1,7 @@
 "use strict";
 // The transcripts: filters, two exits side by side, and answers one click away. Everything a model, a data set or a
-// judge wrote reaches the page through textContent, and an answer only when its button is pressed.
+// judge wrote reaches the page through textContent, and an answer only when its button is clicked. An exit is a number,
+// or text such as "3+18" where it fuses several.
 (() => {
   const PAGE = 20;
   const data = JSON.parse(document.getElementById("data").textContent);
@@ -21,12 +22,9 @@
     return node;
   }
 
-  // An exit that fuses layers is a number of its own: 1003018 is 3+18 (exitwise/exit_names.py).
-  const called = (exit) => (exit < 1000 ? String(exit) : String(exit).slice(1).match(/.../g).map(Number).join("+"));
-
   function fill(select, values, selected) {
     for (const value of values) {
-      const option = make("option", "", typeof value === "number" ? called(value) : String(value));
+      const option = make("option", "", String(value));
       option.value = value;
       option.defaultSelected = value === selected;
       select.append(option);
@@ -36,10 +34,9 @@
   const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
   const unique = (values) => [...new Set(values)];
   const answers = data.samples.flatMap((sample) => sample.answers);
-  const exits = unique(answers.map((answer) => answer.exit)).sort((a, b) => a - b);
-  fill(form.elements.exit, exits);
-  fill(form.elements.left, exits, data.compare[0]);
-  fill(form.elements.right, exits, data.compare[1]);
+  fill(form.elements.exit, data.exits);
+  fill(form.elements.left, data.exits, data.compare[0]);
+  fill(form.elements.right, data.exits, data.compare[1]);
   fill(form.elements.label, unique(answers.map((answer) => answer.label)).sort());
   fill(form.elements.kind, unique(data.samples.map((sample) => sample.kind)).sort());
 
@@ -66,7 +63,7 @@
   }
 
   function answerBlock(sample, answer, exit) {
-    const head = make("div", "answer-head", make("span", "at", `exit ${called(exit)}`));
+    const head = make("div", "answer-head", make("span", "at", `exit ${exit}`));
     if (exit === data.default) head.firstChild.append(" ◆", make("span", "word", " default"));
     const block = make("div", "answer", head);
     if (!answer) {
@@ -75,7 +72,7 @@
     }
     const button = make("button", "reveal");
     const id = `answer-${(serial += 1)}`;
-    const label = (open) => button.replaceChildren(open ? "Hide answer" : "Show answer", make("span", "unseen", ` of exit ${called(exit)} to: ${sample.prompt.slice(0, 80)}`));
+    const label = (open) => button.replaceChildren(open ? "Hide answer" : "Show answer", make("span", "unseen", ` of exit ${exit} to: ${sample.prompt.slice(0, 80)}`));
     button.type = "button";
     button.setAttribute("aria-expanded", "false");
     button.setAttribute("aria-controls", id);
@@ -129,12 +126,12 @@
       if (!sample.prompt.toLowerCase().includes(needle)) continue;
       const pairs = sample.answers.map((answer) => [answer.exit, answer]);
       if (!two) {
-        const kept = pairs.filter(([exit, answer]) => (!value("exit") || exit === Number(value("exit"))) && wanted(answer) && parted(answer));
+        const kept = pairs.filter(([exit, answer]) => (!value("exit") || String(exit) === value("exit")) && wanted(answer) && parted(answer));
         if (kept.length) rows.push([sample, kept, false]);
         continue;
       }
       const at = new Map(pairs);
-      const sides = [Number(value("left")), Number(value("right"))].map((exit) => [exit, at.get(exit)]);
+      const sides = ["left", "right"].map((name) => data.exits.find((exit) => String(exit) === value(name))).map((exit) => [exit, at.get(exit)]);
       const [left, right] = sides.map(([, answer]) => answer);
       if (!left && !right) continue;
       if (form.elements.differ.checked && left && right && left.label === right.label) continue;

@@ -1,22 +1,25 @@
-"""The exit Pareto as inline SVG: compute saved (x), ASR (y), utility (shade), dominated exits grey.
+"""Draws the trade-off of the exits as inline SVG: compute saved (x), ASR (y), utility (shade), dominated exits grey.
 
 As in svg.py, its bytes depend on the figures alone and its colours on the page's style. Shades are `fill-opacity`
-attributes: the page's security policy allows no inline style.
+attributes, as the page's security policy allows no inline style.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor, log10
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup, escape
+
+from ..measure.pareto import ExitTradeoff
+from ..run.exit import Exit
 
 LEFT, RIGHT, TOP, BELOW = 46, 26, 56, 44
 PALEST = 0.12
 """Opacity of the least useful exit; the most useful one has 1."""
 FADED = 0.5
-"""The same of dominated exits, again."""
+"""Further factor on the opacity of dominated exits."""
 NUMBER, WORDS = 17, 44
-"""Widths that an exit's number, and its utility, need between neighbours."""
+"""Smallest distance between neighbours at which an exit's number, and its utility, are printed."""
 
 
 class _Plot(NamedTuple):
@@ -39,31 +42,31 @@ class _Plot(NamedTuple):
 
 def pareto(
     name: str,
-    rows: Sequence[Mapping[str, Any]],
-    default_exit: int,
-    notes: Mapping[int, str],
+    rows: Sequence[ExitTradeoff],
+    default_exit: Exit,
+    notes: Mapping[Exit, str],
     label: str,
     size: tuple[int, int] = (1120, 330),
 ) -> Markup:
-    """The figure of the rows of `pareto.join`; an exit whose ASR was not measured is left out."""
-    rows = [row for row in rows if row["asr"]["value"] is not None]
-    saved = [0.0] + [row["saved"] for row in rows]
+    """The trade-off of the exits; an exit whose ASR was not measured is left out."""
+    rows = [row for row in rows if row.asr.value is not None]
+    saved = [0.0] + [row.saved for row in rows]
     room = 0.04 * (max(saved) - min(saved)) or 0.01  # a single exit saves nothing
     plot = _Plot(*size, min(saved) - room, max(saved) + room)
-    order = sorted(rows, key=lambda row: (row["by"] != (), row["exit"]))  # labels of the front have priority
+    order = sorted(rows, key=lambda row: (row.by != (), row.exit))  # labels of the front have priority
     drawn = [*_axes(plot, default_exit)]
     for row in reversed(order):
-        drawn += _point(plot, row, shade(row, rows), notes[row["exit"]])
+        drawn += _point(plot, row, shade(row, rows), notes[row.exit])
     return Markup(
         f'<svg class="pareto {name}" viewBox="0 0 {plot.width} {plot.height}" role="img" '
         f'aria-label="{escape(label)}">{"".join([*drawn, *_labels(plot, order)])}</svg>'
     )
 
 
-def shade(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float:
-    """Opacity of an exit's point: its utility between the least and the largest of the figure."""
-    found = [r["utility"]["value"] for r in rows if r["utility"]["value"] is not None]
-    value = row["utility"]["value"]
+def shade(row: ExitTradeoff, rows: Sequence[ExitTradeoff]) -> float:
+    """Opacity of an exit's point: its utility between the smallest and the largest of the figure."""
+    found = [r.utility.value for r in rows if r.utility.value is not None]
+    value = row.utility.value
     if value is None:
         return 0.0
     span = max(found) - min(found)
@@ -83,39 +86,39 @@ def _circle(kind: str, x: float, y: float, opacity: float) -> str:
     return f'<circle class="ground" {at}/><circle class="point {kind}" {at} fill-opacity="{opacity:.2f}"/>'
 
 
-def _point(plot: _Plot, row: Mapping[str, Any], opacity: float, note: str) -> Iterator[str]:
+def _point(plot: _Plot, row: ExitTradeoff, opacity: float, note: str) -> Iterator[str]:
     kind = _kind(row)
-    x, asr = plot.x(row["saved"]), row["asr"]
-    if asr["low"] is not None:
-        yield f'<path class="reach {kind}" d="M{x:.1f} {plot.y(asr["high"]):.1f}V{plot.y(asr["low"]):.1f}"/>'
+    x, asr = plot.x(row.saved), row.asr
+    if asr.low is not None and asr.high is not None:
+        yield f'<path class="reach {kind}" d="M{x:.1f} {plot.y(asr.high):.1f}V{plot.y(asr.low):.1f}"/>'
     shown = opacity if kind == "front" else opacity * FADED
-    yield f"<g>{_circle(kind, x, plot.y(asr['value']), shown)}<title>{escape(note)}</title></g>"
+    yield f"<g>{_circle(kind, x, plot.y(asr.value or 0.0), shown)}<title>{escape(note)}</title></g>"
 
 
-def _kind(row: Mapping[str, Any]) -> str:
-    return "front" if row["by"] == () else "beaten"
+def _kind(row: ExitTradeoff) -> str:
+    return "front" if row.by == () else "beaten"
 
 
-def _labels(plot: _Plot, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _labels(plot: _Plot, rows: Sequence[ExitTradeoff]) -> Iterator[str]:
     """Numbers of the exits above their whiskers, and the utility of the front; what would overlap is left out."""
     taken: list[float] = []
-    places = [plot.x(row["saved"]) for row in rows]
+    places = [plot.x(row.saved) for row in rows]
     for row, x in zip(rows, places, strict=True):
         if any(abs(x - other) < NUMBER for other in taken):
             continue
         taken.append(x)
-        asr, useful = row["asr"], row["utility"]["value"]
-        y = plot.y(asr["value"] if asr["high"] is None else asr["high"])
-        y = min(y, plot.y(asr["value"]) - 7) - 6
-        name = str(row["exit"])
+        asr, useful = row.asr, row.utility.value
+        point = plot.y(asr.value or 0.0)
+        y = min(point if asr.high is None else plot.y(asr.high), point - 7) - 6
+        name = str(row.exit)
         yield f'<text class="exit {_kind(row)}" x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{name}</text>'
         alone = all(abs(x - other) >= WORDS for other in places if other != x)
-        if row["by"] == () and useful is not None and alone:
+        if row.by == () and useful is not None and alone:
             share = f"{100 * useful:.0f} %"
             yield f'<text class="tick useful" x="{x:.1f}" y="{y - 15:.1f}" text-anchor="middle">{share}</text>'
 
 
-def _axes(plot: _Plot, default_exit: int) -> Iterator[str]:
+def _axes(plot: _Plot, default_exit: Exit) -> Iterator[str]:
     for percent in (0, 25, 50, 75, 100):
         y = plot.y(percent / 100)
         yield f'<path class="grid" d="M{LEFT} {y:.1f}H{plot.width - RIGHT}"/>'
