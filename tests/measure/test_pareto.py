@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exitwise import UserError
-from exitwise.measure.pareto import Point, dominated, join
+from exitwise.measure.pareto import CostsFile, CostsOfExit, Point, Quartiles, RequestSize, dominated, join
 from exitwise.report import html, scatter
+from exitwise.run.exit import Exit
+from exitwise.run.figures import ExitFigures, Interval
 
 SHARE = st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0])  # few values, so that ties occur
 POINTS = st.lists(st.tuples(SHARE, SHARE, SHARE), max_size=8).map(
     lambda rows: [Point(i, *r) for i, r in enumerate(rows)]
 )
-NONE = {"value": None, "low": None, "high": None}
 
 
 @given(POINTS)
@@ -41,50 +42,53 @@ def test_whoever_is_dominated_is_so_by_the_front(points):
 
 
 def share(value):
-    return {"value": value, "low": max(0, value - 0.1), "high": min(1, value + 0.1)}
+    if value is None:
+        return Interval(None, None, None, 0, 0)
+    return Interval(value, max(0, value - 0.1), min(1, value + 0.1), round(100 * value), 100)
 
 
-def run_of(*exits, default=4, stop_at=()):
-    """(costs, metrics) of exits (exit, ASR, utility); a block is 5 of 100 + 5 l FLOPs."""
-    numbers = sorted({e for e, _, _ in exits} | {default})
-    costs = [{"exit": e, "flops": {"encoder": 5 * e, "total": 100 + 5 * e}} for e in numbers]
+def joined(*exits, default=4, stop_at=(), measured=None):
+    """Tradeoffs of exits (exit, ASR, utility); a block is 5 of 100 + 5 l FLOPs, known at the exits `measured`."""
+    numbers = sorted({e for e, _, _ in exits} | {default}) if measured is None else measured
+    costs = [CostsOfExit(Exit([e]), {}, {}, {"encoder": 5 * e, "total": 100 + 5 * e}, None) for e in numbers]
+    none = share(None)
     rows = [
-        {"exit": e, "asr": NONE if asr is None else share(asr), "utility": NONE if use is None else share(use)}
+        ExitFigures(
+            Exit([e]), "early", share(asr), none, none, none, none, none, share(use), {}, None, {}, {}, None, None, ""
+        )
         for e, asr, use in exits
     ]
-    return {"default_exit": default, "exits": costs}, {"exits": rows, "answer": {"stop_at": list(stop_at)}}
+    return join(CostsFile(Exit([default]), RequestSize(5, 2), 0, costs), rows, [Exit([e]) for e in stop_at])
 
 
 def test_join():
-    found = join(*run_of((1, 0.9, 0.2), (2, 0.9, 0.1), (3, 0.1, 0.8), (4, 0.1, 0.8), stop_at=(3,)))
-    assert {row["exit"]: row["by"] for row in found["rows"]} == {1: (), 2: (1,), 3: (), 4: (3,)}
-    assert [round(row["saved"], 4) for row in found["rows"]] == [0.125, 0.0833, 0.0417, 0]
-    assert found["rows"][3]["share"] == pytest.approx(20 / 120)
-    assert found["sentence"] == (
+    found = joined((1, 0.9, 0.2), (2, 0.9, 0.1), (3, 0.1, 0.8), (4, 0.1, 0.8), stop_at=(3,))
+    assert {row.exit: row.by for row in found.rows} == {1: (), 2: (1,), 3: (), 4: (3,)}
+    assert [round(row.saved, 4) for row in found.rows] == [0.125, 0.0833, 0.0417, 0]
+    assert found.rows[3].share == pytest.approx(20 / 120)
+    assert found.sentence == (
         "Not dominated: exits 1, 3. Of these, the device may stop at exit 3. Dominated: exits 2, 4."
     )
 
 
 def test_what_was_not_measured_is_not_compared():
-    found = join(*run_of((1, None, 0.2), (2, 0.5, None), (3, 0.5, 0.5)))
-    assert [row["by"] for row in found["rows"]] == [None, None, ()]
-    without = join(*run_of((1, 0.5, None), (2, 0.5, None)))
-    assert [row["by"] for row in without["rows"]] == [(), (1,)]
-    assert "utility was not measured" in without["of"]
-    nobody = join(*run_of((1, None, None)))
-    assert nobody["sentence"] == "No exit has the figures that dominance compares."
+    found = joined((1, None, 0.2), (2, 0.5, None), (3, 0.5, 0.5))
+    assert [row.by for row in found.rows] == [None, None, ()]
+    without = joined((1, 0.5, None), (2, 0.5, None))
+    assert [row.by for row in without.rows] == [(), (1,)]
+    assert "utility was not measured" in without.of
+    nobody = joined((1, None, None))
+    assert nobody.sentence == "No exit has the figures that dominance compares."
 
 
 def test_costs_of_another_run():
-    costs, metrics = run_of((1, 0.5, 0.5), (2, 0.5, 0.5))
-    costs["exits"] = costs["exits"][1:]
     with pytest.raises(UserError, match="lacks exit 1;"):
-        join(costs, metrics)
+        joined((1, 0.5, 0.5), (2, 0.5, 0.5), measured=[2, 4])
 
 
 def drawn(rows, size=(1120, 330), default=4):
-    notes = {row["exit"]: "<&>" for row in rows}
-    return ET.fromstring(scatter.pareto("wide", rows, default, notes, "label", size))
+    notes = {row.exit: "<&>" for row in rows}
+    return ET.fromstring(scatter.pareto("wide", rows, Exit([default]), notes, "label", size))
 
 
 def of_class(tree, name):
@@ -94,7 +98,7 @@ def of_class(tree, name):
 @pytest.mark.parametrize("size", [(1120, 330), (358, 340)])
 @pytest.mark.parametrize("exits", [(4,), (0, 4), (1, 5), tuple(range(49))])
 def test_the_figure_holds_every_exit(size, exits):
-    tree = drawn(join(*run_of(*[(e, e / 48, 1 - e / 48) for e in exits]))["rows"], size)
+    tree = drawn(joined(*[(e, e / 48, 1 - e / 48) for e in exits]).rows, size)
     points = of_class(tree, "point")
     assert len(points) == len(exits)
     assert all(scatter.LEFT < float(p.get("cx")) < size[0] - scatter.RIGHT for p in points)
@@ -104,7 +108,7 @@ def test_the_figure_holds_every_exit(size, exits):
 
 
 def test_more_saved_is_right_safer_is_low_more_useful_is_darker():
-    tree = drawn(join(*run_of((1, 0.9, 0.2), (2, 0.8, 0.5), (4, 0.1, 0.8), (5, 0.2, 0.7)))["rows"])
+    tree = drawn(joined((1, 0.9, 0.2), (2, 0.8, 0.5), (4, 0.1, 0.8), (5, 0.2, 0.7)).rows)
     by_kind = {kind: of_class(tree, f"point {kind}") for kind in ("front", "beaten")}
     assert [len(nodes) for nodes in by_kind.values()] == [3, 1]
     points = sorted(by_kind["front"], key=lambda p: float(p.get("cx")))  # exits 4, 2, 1
@@ -141,4 +145,4 @@ def test_numbers():
         "−1.0 %",
         "11.0 %",
     ]
-    assert html.spread({"median": 0.122, "low": 0.1214, "high": 1.2}) == "122 (121–1,200)"
+    assert html.spread(Quartiles(low=0.1214, median=0.122, high=1.2)) == "122 (121–1,200)"

@@ -36,10 +36,11 @@ def write_run(folder, labels, model="m", answers=MEAN, scores=None, prompts=PROM
     for name, records in (("samples", samples), ("completions", completions), ("verdicts.refusal", verdicts)):
         (folder / f"{name}.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
     metrics = compute_metrics(samples, completions, verdicts, model=model, default_exit=3, n_blocks=3)
+    (folder / "config.json").write_text(json.dumps({"model": model, "judge": "refusal", "seed": 0}))
     (folder / "metrics.json").write_text(json.dumps(to_json(metrics)))
     for scorer, values in (scores or {}).items():
         lines = [
-            {"sample": f"s{i}", "exit": exit_, "scorer": f"{scorer}@1", "value": value, "reason": ""}
+            {"sample": f"s{i}", "exit": exit_, "scorer": f"{scorer}@1", "value": value, "reason": "no"}
             for exit_, row in values.items()
             for i, value in enumerate(row)
         ]
@@ -198,7 +199,7 @@ def test_bad_choices(pair, tmp_path):
     ):
         with pytest.raises(UserError, match=says):
             tables(*pair, **arguments)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not a run directory"):
         tables(tmp_path / "nowhere")
     figures = json.loads((pair[1] / "metrics.json").read_text())
     (pair[1] / "metrics.json").write_text(json.dumps(figures | {"n_blocks": 4}))
@@ -216,7 +217,7 @@ def test_two_scorers_are_never_averaged(tmp_path):
         write_run(tmp_path / name, {1: "aaar", 3: "rrrr"}, scores={name: {1: [1, 1, 1, 1]}})
         for name in ("detoxify", "perspective")
     )
-    with pytest.raises(UserError, match="score both alike"):
+    with pytest.raises(UserError, match="score both with one scorer"):
         tables(one, other)
 
 
@@ -224,7 +225,7 @@ BROKEN = (
     "{",
     "[]",
     '{"sample": "s0", "exit": 1, "scorer": "x"}',
-    '{"sample": "s0", "exit": "1", "scorer": "x", "value": 1}',
+    '{"sample": "s0", "exit": "one", "scorer": "x", "value": 1}',
     '{"sample": "s0", "exit": 1, "scorer": "x", "value": true}',
     '{"sample": "s0", "exit": 1, "scorer": "x", "value": NaN}',
 )
@@ -233,7 +234,7 @@ BROKEN = (
 @pytest.mark.parametrize("line", BROKEN)
 def test_broken_scores_are_named_by_line(pair, line):
     (pair[0] / "scores.detoxify.jsonl").write_text(line + "\n")
-    with pytest.raises(UserError, match=r"scores\.detoxify\.jsonl, line 1: not a score"):
+    with pytest.raises(UserError, match=r"scores\.detoxify\.jsonl, line 1: not a Score"):
         tables(pair[0])
 
 

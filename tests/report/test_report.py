@@ -13,8 +13,13 @@ from typing import Any
 import pytest
 
 from exitwise.auditing.config import AuditConfig
+from exitwise.auditing.report import command_line, write_report
 from exitwise.errors import UserError
-from exitwise.report import html, svg, transcripts, write_report
+from exitwise.report import html, svg, transcripts
+from exitwise.report.judges import judge_agreement
+from exitwise.run.exit import Exit
+from exitwise.run.figures import Interval, PairedTest
+from exitwise.run.run import Run
 from tests.report_fixture import HOSTILE, N_BLOCKS, add_judge, write_run
 
 
@@ -184,8 +189,8 @@ def test_percent(value, text):
 
 
 def test_numbers():
-    assert html.bounds({"value": 0.08, "low": 0.03, "high": 0.2}) == "(3–20)"
-    assert html.points({"difference": -0.12, "low": -0.2, "high": 0.004}) == "−12 (−20 to 0)"
+    assert html.bounds(Interval(0.08, 0.03, 0.2, 8, 100)) == "(3–20)"
+    assert html.points(PairedTest(-0.12, -0.2, 0.004, 1, 2, 0.5, 0.5)) == "−12 (−20 to 0)"
     assert html.p_value(0.0002) == "<0.001"
     assert html.p_value(0.0319) == "0.032"
     assert html.ranges([9, 4, 5, 6]) == "4–6, 9"
@@ -201,7 +206,7 @@ def test_command_says_what_differs_from_the_defaults():
         "cross": True,
         "counts": {"vqa": 1},
     }
-    assert html._command(config) == ("exitwise audit 'a b' --prompts x.csv y.csv --limit 4 --cross --out runs/again")
+    assert command_line(config) == ("exitwise audit 'a b' --prompts x.csv y.csv --limit 4 --cross --out runs/again")
 
 
 def test_visible_keeps_ordinary_writing():
@@ -209,31 +214,31 @@ def test_visible_keeps_ordinary_writing():
     assert transcripts.visible(text) == text
 
 
+HALF, NOTHING = Interval(0.5, 0.4, 0.6, 5, 10), Interval(None, None, None, 0, 0)
+
+
+def point(exit, share=HALF):
+    return svg.CurvePoint(exit, "undecided", dict.fromkeys(svg.SERIES, share), "<&>")
+
+
 @pytest.mark.parametrize(("n_blocks", "exits"), [(48, range(49)), (24, (5, 10, 18, 23)), (2, (1,))])
 def test_curve_of_any_depth(n_blocks, exits):
-    value = {"value": 0.5, "low": 0.4, "high": 0.6}
-    rows = [{"exit": e, "mark": "undecided"} | dict.fromkeys(svg.SERIES, value) for e in exits]
-    metrics = {"n_blocks": n_blocks, "default_exit": n_blocks - 1, "exits": rows}
+    points = [point(exit) for exit in exits]
     for size in ((1120, 372), (358, 330)):
-        drawn = ET.fromstring(svg.curve("c", metrics, {5: "<&>"}, "label", size))
+        drawn = ET.fromstring(svg.curve("c", points, Exit([n_blocks - 1]), n_blocks, "label", size))
         marks = [node for node in drawn.iter() if node.get("class") == "mark asr"]
-        assert len(marks) == len(rows)
+        assert len(marks) == len(points)
         assert all(0 < float(mark.attrib["cx"]) < size[0] for mark in marks)
 
 
 def test_line_does_not_bridge_what_was_not_measured():
-    value, nothing = {"value": 0.5, "low": 0.4, "high": 0.6}, {"value": None, "low": None, "high": None}
-    rows = [
-        {"exit": e, "mark": "undecided"} | dict.fromkeys(svg.SERIES, nothing if e == 2 else value) for e in range(5)
-    ]
-    drawn = svg.curve("c", {"n_blocks": 4, "default_exit": 3, "exits": rows}, {}, "label")
+    points = [point(exit, NOTHING if exit == 2 else HALF) for exit in range(5)]
+    drawn = svg.curve("c", points, Exit([3]), 4, "label")
     assert drawn.count('class="line asr"') == 2
 
 
 def test_line_does_not_bridge_exits_that_were_not_audited():
-    value = {"value": 0.5, "low": 0.4, "high": 0.6}
-    rows = [{"exit": e, "mark": "undecided"} | dict.fromkeys(svg.SERIES, value) for e in (0, 1, 5, 6, 9)]
-    drawn = svg.curve("c", {"n_blocks": 9, "default_exit": 8, "exits": rows}, {}, "label")
+    drawn = svg.curve("c", [point(exit) for exit in (0, 1, 5, 6, 9)], Exit([8]), 9, "label")
     assert drawn.count('class="band asr"') == drawn.count('class="line asr"') == 3
 
 
@@ -263,18 +268,18 @@ def data_of(report):
 
 
 def test_judges_side_by_side_and_their_splits_first(tmp_path):
-    from exitwise.report.judges import disagreement
-
     run = write_run(tmp_path / "run", n=6)
-    assert disagreement(run) is None
+    assert judge_agreement(Run.open(run)) is None
     # it differs on one sample at two exits; and it has the first one scored that the matcher has not
     add_judge(run, {("harmful-004", 9), ("harmful-004", 10)})
-    found = disagreement(run)
-    assert (found["n"], found["n_split"], found["splits"]) == (6 * 13 - 1, 2, {"harmful-004": [9, 10]})
-    (pair,) = found["pairs"]
-    assert (pair["first"], pair["second"], pair["n"]) == ("guard", "refusal", 77)
-    assert pair["agreement"] == pytest.approx(75 / 77)
-    assert 0 < pair["kappa"] < 1
+    found = judge_agreement(Run.open(run))
+    assert found
+    assert (found.n, found.n_split, found.splits) == (6 * 13 - 1, 2, {"harmful-004": [9, 10]})
+    (pair,) = found.pairs
+    assert (pair.first, pair.second, pair.n) == ("guard", "refusal", 77)
+    assert pair.agreement == pytest.approx(75 / 77)
+    assert pair.kappa
+    assert 0 < pair.kappa < 1
     page = write_report(run).read_text(encoding="utf-8")
     assert "Agreement of the judges" in page
     data = data_of(run / "report.html")
@@ -303,13 +308,14 @@ def test_the_first_page_says_who_judged(tmp_path):
     run = write_run(tmp_path / "run", n=6)
     page = write_report(run).read_text(encoding="utf-8")
     first = " ".join(unescape(page[: page.index('id="exits"')]).split())
-    assert "judged by “refusal”, which matches strings: it knows refusals, not harm." in first
-    assert "found 96 % of the unsafe ones and passed 31 % of the safe ones" in first
+    assert "judged by “refusal”, which matches strings: it finds refusals and cannot assess harm." in first
+    assert "detected 96 % of the unsafe ones and passed 31 % of the safe ones" in first
     assert "JailbreakBench" in first
-    assert "What it cannot see" in first
+    assert "What the judge cannot detect" in first
     metrics = json.loads((run / "metrics.json").read_text()) | {"judge": "guard"}
     add_judge(run, set())
     (run / "metrics.json").write_text(json.dumps(metrics))
-    assert "“guard”, which is itself a model and errs both ways. It was not held to people here." in write_report(
-        run
-    ).read_text(encoding="utf-8")
+    assert (
+        "“guard”, which is a model and errs in both directions. This judge was not calibrated against human labels."
+        in write_report(run).read_text(encoding="utf-8")
+    )

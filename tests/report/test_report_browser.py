@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from exitwise.report import write_report
+from exitwise.auditing.report import write_report
 from tests.report_fixture import HOSTILE, add_judge, write_run
 
 webdriver = pytest.importorskip("selenium.webdriver")
