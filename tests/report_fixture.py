@@ -9,7 +9,9 @@ from PIL import Image, ImageDraw
 
 from exitwise.auditing.config import AuditConfig
 from exitwise.measure.metrics import compute_metrics
+from exitwise.run.exit import Exit
 from exitwise.run.records import Completion, Sample, Verdict
+from exitwise.run.run import Plan
 from exitwise.run.typed import to_json
 
 HOSTILE = [
@@ -117,12 +119,18 @@ def write_run(folder: Path, n: int = 12, filler: str = "") -> Path:
     (folder / "images" / "index.json").write_text(json.dumps({f"scene-{k}": f"{k}.jpg" for k in range(5)}))
     (folder / "metrics.json").write_text(json.dumps(metrics(150)))
     (folder / "config.json").write_text(json.dumps(config()))
+    plan = Plan(exits(), Exit([DEFAULT]), N_BLOCKS, len(completions), 8, 600, 1, "0" * 64, {})
+    (folder / "plan.json").write_text(json.dumps(to_json(plan)))
     (folder / "env.json").write_text(json.dumps({"versions": {"torch": "2.13.0"}, "device": "cpu", "threads": 2}))
     phases = {"load": 2.1, "encode": 14.92, "generate": 611.4, "judge": 3.3}
     speeds = {str(exit): 41.5 + exit for exit in range(N_BLOCKS + 1)}
     (folder / "timing.json").write_text(json.dumps({"phases": phases, "tokens_per_second": speeds}))
     (folder / "costs.json").write_text(json.dumps(costs()))
     return folder
+
+
+def exits() -> list[Exit]:
+    return [Exit([number]) for number in range(N_BLOCKS + 1)]
 
 
 def costs() -> dict[str, Any]:

@@ -259,7 +259,7 @@ def test_the_command_of_a_report_asks_the_same_again(tmp_path, config):
     (run / "config.json").write_text(json.dumps(config.to_json()))
     page = write_report(run).read_text(encoding="utf-8")
     shown = unescape(re.search(r"<code>(exitwise audit .*?)</code>", page, re.S)[1])
-    assert parse(shlex.split(shown)[1:]).config == config
+    assert parse(shlex.split(shown)[1:]).config == config  # type: ignore[attr-defined]
 
 
 def data_of(report):
