@@ -13,6 +13,7 @@ from ..auditing.config import AuditConfig
 from ..judges import NAMES
 from ..judges.config import Judging
 from ..run import directory
+from ..run.run import Run
 from ..shipping.config import SlimConfig
 from .console import Bar, print_answer, print_comparison, print_scores
 from .reward import RewardCommand
