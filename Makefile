@@ -1,6 +1,6 @@
 # make demo: environment, audit of the built-in VLM, report.   make test: all tests.   make check: lint, types, docs.
 # make test-lowest, make test-newest: the core tests with the oldest and the newest packages.   make build: wheel, sdist.
-# make docs: the documentation site, in build/site.
+# make docs: the documentation site, in build/site.   make tour: docs/tour.ipynb, executed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 CORE := tests/model tests/engines tests/measure tests/alignment tests/auditing tests/report tests/comparison tests/shipping
 NEWEST ?= torch==2.14.1 torchvision==0.29.1
 
-.PHONY: demo test check docs env test-lowest test-newest build
+.PHONY: demo test check docs tour env test-lowest test-newest build
 .DEFAULT_GOAL := demo
 
 env: $(VENV)/.ready
@@ -44,6 +44,12 @@ $(VENV)/.docs-ready: $(VENV)/.ready
 docs: $(VENV)/.docs-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	@echo "build/site/index.html; with search: $(BIN)/python -m http.server -d build/site"
+
+# docs/tour.ipynb from docs/tour.py, executed in a folder of its own; ten minutes on two cores.
+tour: $(VENV)/.docs-ready
+	rm -rf build/tour && mkdir -p build/tour && cp docs/tour.py build/tour/
+	cd build/tour && $(CURDIR)/$(BIN)/python -m jupytext --quiet --to ipynb --execute tour.py
+	mv build/tour/tour.ipynb docs/tour.ipynb
 
 .venv-lowest/.ready: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv .venv-lowest

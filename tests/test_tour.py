@@ -1,0 +1,53 @@
+"""The tour: the code of docs/tour.py runs as it stands, and docs/tour.ipynb is that code, executed."""
+
+import ast
+import json
+import re
+
+import pytest
+
+from tests.conftest import ROOT
+
+SOURCE = (ROOT / "docs/tour.py").read_text(encoding="utf-8")
+CELLS = re.findall(r"^# %%( \[markdown\])?\n(.*?)(?=^# %%|\Z)", SOURCE, re.M | re.S)
+CODE = [body.strip() for markdown, body in CELLS if not markdown]
+NOTEBOOK = ROOT / "docs/tour.ipynb"
+
+
+@pytest.mark.testbed
+def test_the_tour_runs(tmp_path, monkeypatch):
+    """On the built-in VLM, as a reader would run it; a cell's last expression is shown as a notebook shows it."""
+    pytest.importorskip("matplotlib").use("agg")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    shown = []
+    for cell in CODE:
+        tree = ast.parse(cell)
+        *body, last = tree.body
+        if isinstance(last, ast.Expr):
+            exec(compile(ast.Module(body, []), "tour", "exec"), names)
+            shown.append(eval(compile(ast.Expression(last.value), "tour", "eval"), names))
+        else:
+            exec(compile(tree, "tour", "exec"), names)
+    vlm, answers, before, figures, let_through, curve, history, _, table, folder, headline = shown
+    assert repr(vlm) == "Vlm(testbed, llava, 12 blocks, default exit 11, cpu)"
+    assert [str(exit) for exit in answers] == ["2", "11"]
+    assert all(isinstance(text, str) and "assistant" not in text for text in answers.values())
+    assert before._repr_html_().count("<tr") == 3
+    assert figures["exit"].tolist() == ["8", "11"]
+    assert set(let_through["label"]) == {"answered"}
+    assert curve.get_xlabel().startswith("exit")
+    assert len(history) == 2
+    assert "asr" in str(table).lower()
+    assert (folder / "model.safetensors").is_file()
+    assert headline == names["after"].answer.headline
+
+
+def test_the_notebook_is_the_source_executed():
+    notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert ["".join(cell["source"]).strip() for cell in code] == CODE, "run `make tour`"
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not [out for cell in code for out in cell["outputs"] if out["output_type"] == "error"]
+    assert NOTEBOOK.stat().st_size < 250_000
+    assert not re.search(r"/(home|root|tmp|work|Users)/", NOTEBOOK.read_text(encoding="utf-8"))
