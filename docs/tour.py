@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A tour in a notebook
 #
-# The built-in VLM is audited at two exits, aligned for two steps, audited again, compared and cut: each command of the
-# command line is a function here, with the same options as keywords. Two steps teach the model next to nothing; [align a
-# model](howto/align.md) has settings that do. This page is made from `docs/tour.py` by `make tour`.
+# The built-in VLM is audited at two exits, aligned for two steps, audited again, compared and cut. Each command of the
+# command line is a function, with the same options as keywords. Two steps change the model hardly at all: see
+# [align a model](howto/align.md) for settings that do. `make tour` makes this page from `docs/tour.py`.
 #
 # > **Content warning.** An audit makes a model answer harmful requests. The frames below show labels, not answers.
 

@@ -1,12 +1,15 @@
 """Audit, align and ship vision-language models that leave their image encoder early."""
 
 import errno
+import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 import tyro
+from tyro import _strings as tyro_strings
 
 from ..errors import UserError
 from .commands import Command, Runnable
@@ -45,6 +48,23 @@ def entry(arguments: Sequence[str] | None = None) -> None:
 def parse(words: Sequence[str]) -> Runnable:
     """The command that the words name, not yet run. Raises SystemExit where they name none."""
     return tyro.cli(Command, args=words, prog="exitwise", description=__doc__)  # type: ignore[call-overload]
+
+
+def _join_help_lines() -> None:
+    """Makes the lines of a paragraph flow in `--help`.
+
+    tyro 1.0 joins the lines of a docstring before it removes their indentation, so that each indented line stays a line
+    of its own. Its function is private: if a later tyro has no such function, nothing is replaced.
+    """
+
+    def join(helptext: str) -> str:
+        return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(helptext))
+
+    if hasattr(tyro_strings, "remove_single_line_breaks"):
+        tyro_strings.remove_single_line_breaks = join
+
+
+_join_help_lines()
 
 
 def _fail(message: str, code: int) -> NoReturn:
