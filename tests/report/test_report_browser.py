@@ -250,3 +250,19 @@ def test_answers_on_which_judges_split_come_first(browser, report, tmp_path):
     assert count(browser) == "3 answers to 2 prompts"
     assert fits(browser)
     browser.get_log("performance")
+
+
+def test_a_fused_exit_is_chosen_by_its_layers(browser, tmp_path):
+    run = write_run(tmp_path / "run")
+    for name in ("completions.jsonl", "verdicts.refusal.jsonl", "metrics.json", "costs.json"):
+        path = run / name
+        path.write_text(path.read_text().replace('"exit": 12,', '"exit": "3+8",'))
+    resize(browser, 1280, 800)
+    browser.get(write_report(run).as_uri())
+    choose(browser, exit="3+8")
+    assert count(browser) == "36 answers to 36 prompts"
+    browser.find_element(By.CSS_SELECTOR, "input[value=two]").click()
+    choose(browser, left="3+8", right="5")
+    blocks = browser.find_elements(By.CSS_SELECTOR, ".card")[0].find_elements(By.CSS_SELECTOR, ".answer")
+    assert [block.text.split("\n")[0] for block in blocks] == ["exit 3+8", "exit 5"]
+    browser.get_log("performance")

@@ -1,4 +1,4 @@
-"""Reads two runs that can be compared: the same questions, decoded and judged alike. Otherwise one line says why not.
+"""Checks that two runs can be compared: the same questions, decoded and judged alike.
 
 Only the weights may differ between the two: any other difference would be read as an effect of alignment.
 """
@@ -31,7 +31,7 @@ SampleAtExit = tuple[str, Exit]
 """(sample id, exit)"""
 
 QUANTITIES = ("toxicity", "reward", "accuracy")
-"""What a scorer may measure. Its scores.<scorer>.json says which; without that file, the beginning of its name."""
+"""What a scorer may measure: `quantity` in scores.<scorer>.json, or without that file the beginning of its name."""
 
 
 class PairedScores(NamedTuple):
