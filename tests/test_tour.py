@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from exitwise import Run
 from tests.conftest import ROOT
 
 SOURCE = (ROOT / "docs/tour.py").read_text(encoding="utf-8")
@@ -40,7 +41,9 @@ def test_the_tour_runs(tmp_path, monkeypatch):
     assert len(history) == 2
     assert "asr" in str(table).lower()
     assert (folder / "model.safetensors").is_file()
-    assert headline == names["after"].answer.headline
+    after = names["after"]
+    assert isinstance(after, Run)
+    assert headline == after.answer.headline
 
 
 def test_the_notebook_is_the_source_executed():
