@@ -48,7 +48,7 @@ docs: $(VENV)/.docs-ready
 # docs/tour.ipynb from docs/tour.py, executed in a folder of its own; ten minutes on two cores.
 tour: $(VENV)/.docs-ready
 	rm -rf build/tour && mkdir -p build/tour && cp docs/tour.py build/tour/
-	cd build/tour && $(CURDIR)/$(BIN)/python -m jupytext --quiet --set-kernel python3 --to ipynb --execute tour.py
+	cd build/tour && PYTHONWARNINGS=ignore $(CURDIR)/$(BIN)/python -m jupytext --quiet --set-kernel python3 --to ipynb --execute tour.py
 	mv build/tour/tour.ipynb docs/tour.ipynb
 
 .venv-lowest/.ready: pyproject.toml constraints-lowest.txt
