@@ -89,7 +89,7 @@ def test_unfinished_and_broken_runs_are_refused(tmp_path):
         "3", lambda f: (f / "verdicts.refusal.jsonl").unlink()
     )
     assert "answers samples that samples.jsonl lacks" in broken("4", lambda f: (f / "samples.jsonl").write_text(""))
-    assert "is not what a run has there" in broken("5", lambda f: write_json(f / "config.json", {"model": "x"}))
+    assert "does not have the format of a run" in broken("5", lambda f: write_json(f / "config.json", {"model": "x"}))
 
 
 def test_exits_of_one_run_only_are_named_and_left_out(compare_letters):

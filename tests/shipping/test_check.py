@@ -28,7 +28,7 @@ def test_the_check_sees_another_exit(tiny, tmp_path):
         (tmp_path / str(exit)).mkdir()
         save(tiny, exit, tmp_path / str(exit))
     assert compare(wanted, answers(reload(tmp_path / "3", tiny.device, 3))).tokens
-    with pytest.raises(UserError, match="not the full one"):
+    with pytest.raises(UserError, match="differs from the full model"):
         compare(wanted, answers(reload(tmp_path / "2", tiny.device, 2)))
     with pytest.raises(UserError, match="2 blocks and exit 2, not 3"):
         reload(tmp_path / "2", tiny.device, 3)

@@ -155,7 +155,7 @@ def test_other_things_an_mmproj_file_may_be(tmp_path):
     assert any("block 2" in warning and "cannot load" in warning for warning in holes.warnings)
     with pytest.raises(UserError, match="expected a list of layers"):
         inspect_checkpoint(clip_file(tmp_path / "h", blocks, **told, clip__vision__feature_layer=2))
-    with pytest.raises(UserError, match="does not say"):
+    with pytest.raises(UserError, match="lacks clip"):
         inspect_checkpoint(clip_file(tmp_path / "f", blocks))
     with pytest.raises(UserError, match="no image encoder"):
         inspect_checkpoint(clip_file(tmp_path / "g", **told, clip__has_vision_encoder=False))

@@ -164,7 +164,7 @@ def test_a_connector_of_several_layers(tmp_path):
     for exit, layers in ((3, [1, 3]), (2, [1, 2])):
         folder = slim(SlimConfig(str(tmp_path / "full"), exit, check=True), tmp_path / str(exit))
         assert json.loads((folder / "config.json").read_text())["vision_feature_layer"] == layers
-    with pytest.raises(UserError, match=r"exit 4 of .* is its default exit again.* give --exit 3 or less"):
+    with pytest.raises(UserError, match=r"exit 4 of .* equals its default exit.* give --exit 3 or less"):
         slim(SlimConfig(str(tmp_path / "full"), 4, check=True), tmp_path / "4")
 
 

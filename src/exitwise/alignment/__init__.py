@@ -1,0 +1,1 @@
+"""Trains a LoRA adapter at the exits with L-PPO, GRPO, SFT or DPO."""

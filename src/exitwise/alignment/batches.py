@@ -82,11 +82,11 @@ def askable(pools: Pools, control_token: Callable[[str], str]) -> Pools:
     kinds = ("harmful", "benign", "vqa", "validation")
     found = {kind: [(s, control_token(s.prompt)) for s in getattr(pools, kind)] for kind in kinds}
     left = {kind: [sample for sample, token in pairs if not token] for kind, pairs in found.items()}
-    said = [f"{s.id}: its prompt has the control token {t!r}" for pairs in found.values() for s, t in pairs if t]
+    reasons = [f"{s.id}: its prompt has the control token {t!r}" for pairs in found.values() for s, t in pairs if t]
     for kind, pairs in found.items():
         if pairs and not left[kind]:
-            raise UserError(f"no {kind} sample can be used: {said[0]}, and all others have one too")
-    skipped = [*pools.skipped, *said]
+            raise UserError(f"no {kind} sample can be used: {reasons[0]}, and every other sample has one as well")
+    skipped = [*pools.skipped, *reasons]
     return Pools(left["harmful"], left["benign"], left["vqa"], pools.pictures, skipped, pools.roots, pools.sources,
                  left["validation"])  # fmt: skip
 

@@ -130,11 +130,11 @@ class AlignConfig:
     features: Path | None = None
     """Folder for the image features, which several runs can share; without it, they are in the run directory."""
     seed: int = 0
-    """Seed of the data order, of the assignment to exits, of sampling and of the initial weights."""
+    """Random seed of the data order, of the assignment to exits, of sampling and of the initial weights."""
     dtype: str = "auto"
     """Precision of the model: float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's elsewhere."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU if there is one."""
+    """Device to run the model on: cpu, cuda, cuda:1 ..., or auto (the first GPU, else the CPU)."""
     tracker: str | None = None
     """Experiment tracker that accelerate supports (tensorboard, wandb, mlflow ...), in addition to metrics.jsonl."""
     trust_remote_code: bool = False

@@ -128,12 +128,13 @@ class Policy(nn.Module):
         lengths = mask.sum(dim=1).long().tolist()
         longest = max(len(stem) + n for stem, n in zip(stems, lengths, strict=True))
         pad = self.vlm.tokenizer.pad_token_id or 0
-        said = responses.masked_fill(responses == self.vlm.image_token_id, pad)  # sampled: no place of one
+        # a sampled image token must not be read as an image slot
+        clean = responses.masked_fill(responses == self.vlm.image_token_id, pad)
         ids = torch.full((len(rows), longest), pad, device=device)
         real = torch.zeros((len(rows), longest), dtype=torch.long, device=device)
         for i, (stem, n) in enumerate(zip(stems, lengths, strict=True)):
             ids[i, : len(stem)] = torch.tensor(stem, device=device)
-            ids[i, len(stem) : len(stem) + n] = said[i, :n]
+            ids[i, len(stem) : len(stem) + n] = clean[i, :n]
             real[i, : len(stem) + n] = 1
         cache = cached = None
         if shared:
@@ -163,9 +164,10 @@ class Policy(nn.Module):
         forward, left-padded: for families whose positions, masks or layers depend on the image."""
         lengths = valid.sum(dim=1).tolist()
         pad = self.vlm.tokenizer.pad_token_id or 0
-        said = responses.masked_fill(responses == self.vlm.image_token_id, pad)  # sampled: no place of one
+        # a sampled image token must not be read as an image slot
+        clean = responses.masked_fill(responses == self.vlm.image_token_id, pad)
         whole = [
-            answered(self.vlm, row, said[i, :n].tolist()) for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
+            answered(self.vlm, row, clean[i, :n].tolist()) for i, (row, n) in enumerate(zip(rows, lengths, strict=True))
         ]
         seen: list[torch.Tensor] = []
         head = self.vlm.model.get_output_embeddings()
@@ -178,7 +180,7 @@ class Policy(nn.Module):
             hook.remove()
         states = seen[-1][:, -kept:]
         row, token = valid.nonzero(as_tuple=True)
-        place = kept - 1 - valid.sum(dim=1)[row] + token  # the last of the T + 1 predicts what nobody said
+        place = kept - 1 - valid.sum(dim=1)[row] + token  # the last of the T + 1 predicts the token after the answer
         return states[row, place], logits[row, place].float()
 
     def _heads(self, rows: Sequence[TokenRow], features: Features) -> tuple[DynamicCache, torch.Tensor]:

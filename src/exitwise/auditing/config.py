@@ -44,9 +44,10 @@ class AuditConfig:
     """Precision of the weights: float32, bfloat16, float16, or auto (float32 on a CPU, the checkpoint's own on a GPU);
     int8 and int4 quantise the language model (bitsandbytes or torchao)."""
     device: str = "auto"
-    """Where the model runs: cpu, cuda, cuda:1 ..., spread (over all GPUs), or auto (the first GPU, else the CPU)."""
+    """Device to run the model on: cpu, cuda, cuda:1 ..., spread (over all GPUs), or auto (the first GPU, else the
+    CPU)."""
     trust_remote_code: bool = False
-    """Allow Python code of the checkpoint to run."""
+    """Run Python code that comes with the checkpoint."""
 
     @classmethod
     def of(cls, model: str | PathLike[str], **options: object) -> Self:

@@ -52,9 +52,9 @@ class Demo:
     """Audit the built-in VLM with built-in prompts and photographs; five to fifteen minutes on two cores."""
 
     out: Path | None = None
-    """The run directory; without it, runs/demo, or runs/demo-control with --control."""
+    """Run directory; default: runs/demo, or runs/demo-control with --control."""
     control: bool = False
-    """Audit the negative control instead: the same VLM without the hole."""
+    """Audit the negative control instead: the same VLM without the trained-in vulnerability."""
 
     def run(self) -> None:
         name = "testbed-control" if self.control else "testbed"
@@ -131,7 +131,7 @@ class ScoreCommand:
     template: str | None = None
     """Text format of a published reward model whose id is not known: human-assistant or question."""
     trust_remote_code: bool = False
-    """Load weights that can contain code (detoxify's pickle files)."""
+    """Run Python code that comes with the checkpoint; detoxify's weights are pickle files, which can contain code."""
 
     def run(self) -> None:
         from ..scorers import score

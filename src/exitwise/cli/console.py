@@ -28,7 +28,7 @@ class Bar:
         self.console = Console(stderr=True)
         self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
         self.task: Any = None
-        self.done, self.total, self.told, self.what = 0, 0, 0, ""
+        self.done, self.total, self.reported, self.what = 0, 0, 0, ""
 
     def __enter__(self) -> "Bar":
         self.bar.start()
@@ -42,13 +42,13 @@ class Bar:
 
     def start(self, total: int, what: str = "answers") -> None:
         self.task, self.total, self.what = self.bar.add_task(what, total=total), total, what
-        self.done, self.told = 0, 0
+        self.done, self.reported = 0, 0
 
     def advance(self, done: int) -> None:
         self.bar.advance(self.task, done)
         self.done += done
-        if not self.console.is_terminal and self.done * 10 // max(1, self.total) > self.told:
-            self.told = self.done * 10 // self.total
+        if not self.console.is_terminal and self.done * 10 // max(1, self.total) > self.reported:
+            self.reported = self.done * 10 // self.total
             self.say(f"{self.what} {self.done}/{self.total}")
 
 

@@ -34,13 +34,14 @@ def entry(arguments: Sequence[str] | None = None) -> None:
             raise
         _fail(str(error), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
-        _fail("stopped; what was finished is kept, and the same command goes on from there", EXIT_STOPPED)
+        _fail("stopped; run the same command again to resume", EXIT_STOPPED)
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         where = f" ({error.filename})" if error.filename else ""
         _fail(
-            f"cannot write: {error.strerror}{where}; make room or permit it, then give the same command again",
+            f"cannot write: {error.strerror}{where}; free space or change the permissions, then run the same command "
+            "again",
             EXIT_BAD_INPUT,
         )
 

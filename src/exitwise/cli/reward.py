@@ -19,7 +19,7 @@ class RewardTrain:
 
     config: tyro.conf.OmitArgPrefixes[RewardConfig]
     out: Path | None = None
-    """The run directory; without it, runs/reward-<name of the backbone>."""
+    """Run directory; default: runs/reward-<name of the backbone>."""
 
     def run(self) -> None:
         from ..rewards.evaluation import table
@@ -43,7 +43,7 @@ class RewardEval:
     template: str | None = None
     """Text format of a published reward model whose id is not known: human-assistant or question."""
     limit: int | None = None
-    """Largest number of pairs read from each file."""
+    """Maximum number of pairs read from each file."""
     out: Path | None = None
     """JSON file to write the figures to."""
 

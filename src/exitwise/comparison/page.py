@@ -1,4 +1,6 @@
-"""Prints a comparison as a table in the terminal, as Markdown, and as one offline HTML page without a script.
+"""Writes a comparison as a terminal table, as Markdown, and as an HTML page.
+
+The HTML page works offline and has no script.
 
 Prompts, ids and answers are hostile text: they are escaped and made visible wherever they are printed. Answers appear
 on the HTML page only, each hidden until it is clicked.

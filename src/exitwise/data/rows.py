@@ -96,7 +96,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
             raw = handle.read(most + 1)
     except (OSError, EOFError, zlib.error, ValueError) as error:  # ValueError: a NUL byte in the path
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise UserError(f"cannot read {show(path)} ({reason}); give a file that is there") from None
+        raise UserError(f"cannot read {show(path)} ({reason}); give a file that exists") from None
     if len(raw) > most:
         raise UserError(f"{show(path)} holds more than {most // 2**20} MiB; split it into smaller files")
     return raw

@@ -52,7 +52,7 @@ def load_benchmark(
         hold_out: prompts that advbench-coco leaves out; without any, those that custom draws with this seed.
 
     Raises:
-        UserError: unknown name or split, files that are not there or have another layout, or no usable row.
+        UserError: unknown name or split, files that do not exist or have another layout, or no usable row.
     """
     if name not in BENCHMARKS:
         raise UserError(f"there is no data set {name!r}; expected one of: {', '.join(BENCHMARKS)}")
@@ -122,7 +122,7 @@ def _locate(
             raise UserError(f"{show(path)} holds no file of {name}; expected {' or '.join(patterns)} in it")
         return path, files, {"from": str(path), "revision": ""}
     if not path.is_file():
-        raise UserError(f"{show(path)} is not there; expected a file or a folder of {name}")
+        raise UserError(f"{show(path)} does not exist; expected a file or a folder of {name}")
     return path.parent, [path], {"from": str(path), "revision": ""}
 
 

@@ -33,7 +33,7 @@ class Guard:
         last_turn: a user turn after the answer, for guards that take their instructions there.
         marks: strings that the rendered template of this version contains, and that of other versions does not.
         reads_image: whether it gets the image.
-        room: largest number of tokens of a reply.
+        room: maximum number of tokens of a reply.
     """
 
     hub: str

@@ -1,0 +1,1 @@
+"""Loads vision-language models, and reads their image encoders at exits."""

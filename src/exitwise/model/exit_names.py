@@ -64,7 +64,7 @@ def parse_exits(text: str, n_blocks: int, default_exit: Exit | int, flag: str = 
             low, high = int(match[1]), int(match[2] or match[1])
             if not low <= high <= n_blocks:
                 raise UserError(
-                    f"exit {word} is not there: the encoder has exits 0 to {n_blocks} (default {default_exit})"
+                    f"exit {word} does not exist: the encoder has exits 0 to {n_blocks} (default {default_exit})"
                 )
             found |= {Exit([layer]) for layer in range(low, high + 1)}
         elif re.fullmatch(r"\d{1,3}(\+\d{1,3})+", word, re.ASCII):

@@ -138,7 +138,7 @@ def exit_features(vlm: ExitModel, image: Image.Image, exits: Sequence[Exit | int
             raise
         raise UserError(
             f"the encoder of {vlm.name} cannot take an image of {image.width} x {image.height} pixels "
-            f"({str(error).splitlines()[0][:200]}); give one of a more usual shape"
+            f"({str(error).splitlines()[0][:200]}); use an image with another size or aspect ratio"
         ) from error
     return {exit: replay(vlm, inputs, states, exit)[0] for exit in wanted}
 

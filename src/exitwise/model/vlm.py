@@ -153,7 +153,7 @@ class Vlm:
                 first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
                 raise UserError(
                     f"the image processor of {self.name} cannot take an image of {image.width} x {image.height} pixels "
-                    f"({first}); give one of a more usual shape"
+                    f"({first}); use an image with another size or aspect ratio"
                 ) from error
         inputs = {
             name: value.to(self.device, self.model.dtype) if value.is_floating_point() else value.to(self.device)
@@ -170,7 +170,7 @@ class Vlm:
                 given instead; None or 0 for no image.
 
         Raises:
-            UserError: the prompt has a control token, or the chat template is broken or leaves the image out.
+            UserError: the prompt has a control token, or the chat template is invalid or has no image placeholder.
         """
         if isinstance(layout, int):
             return Prompt(self.input_ids(text, layout), {})
@@ -182,7 +182,7 @@ class Vlm:
             return Prompt(ids, {name: torch.zeros(1, len(ids), dtype=torch.long) for name in self.family.token_inputs})
         if self.placeholder not in chat:
             raise UserError(
-                f"the chat template of {self.name} leaves the image out; give the checkpoint one that has it"
+                f"the chat template of {self.name} has no image placeholder; use a chat template that has one"
             )
         with recorded(self.processor, layout):
             blank = Image.new("RGB", (1, 1))
@@ -226,7 +226,7 @@ class Vlm:
         ids = self.tokenizer(text, add_special_tokens=not (bos and text.startswith(bos))).input_ids
         if ids.count(self.image_token_id) != n_image_tokens:
             raise UserError(
-                f"the chat template of {self.name} leaves the image out; give the checkpoint one that has it"
+                f"the chat template of {self.name} has no image placeholder; use a chat template that has one"
             )
         return ids
 

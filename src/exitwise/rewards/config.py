@@ -22,7 +22,7 @@ class RewardConfig:
     held_out_share: float = 0.15
     """Share of the prompts held out, each with all its pairs; unused with --held-out."""
     limit: int | None = None
-    """Largest number of pairs read from each file."""
+    """Maximum number of pairs read from each file."""
     tuning: str = "lora"
     """lora (an adapter, which shares the policy's backbone) or full (all weights of the language model)."""
     rank: int = 8
@@ -40,15 +40,15 @@ class RewardConfig:
     batch_size: int = 16
     """Pairs in one optimizer step."""
     micro_tokens: int = 1024
-    """Largest number of tokens in one forward and backward pass, padding included. Limits memory, not the gradient."""
+    """Maximum number of tokens in one forward and backward pass, padding included. Limits memory, not the gradient."""
     max_length: int = 512
-    """Largest number of tokens of a dialogue with its answer; of a longer one the end is kept."""
+    """Maximum number of tokens of a dialogue with its answer; of a longer one the end is kept."""
     checkpoint_every: int = 20
     """Optimizer steps between two checkpoints."""
     seed: int = 0
     """Random seed of the split, the order of the pairs and the adapter's initial weights."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 ...; auto is the first GPU if there is one, else the CPU."""
+    """Device to run the model on: cpu, cuda, cuda:1 ..., or auto (the first GPU, else the CPU)."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range."""

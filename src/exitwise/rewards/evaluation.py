@@ -57,7 +57,7 @@ def evaluate_reward(
         reward: as `load_reward` takes it.
         pairs: files, or data sets on the hub.
         template: text format of a published reward model whose id is not known.
-        limit: largest number of pairs read from each file.
+        limit: maximum number of pairs read from each file.
         out: JSON file to write the figures to.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Reads and writes run directories: records, figures, timing and progress."""

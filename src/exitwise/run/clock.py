@@ -1,4 +1,4 @@
-"""How long a run took: seconds by phase, tokens and seconds by exit, over all its starts."""
+"""Measures seconds by phase, and tokens and seconds by exit, over all starts of a run."""
 
 import time
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """The run directory: what it holds, how it survives a kill, and who may write to it.
 
-    config.json               what was asked, of which files and sets; a directory with another config is refused
-    plan.json                 what was found out once and must not change on resume (batch size, threads, prompts that
-                              this model cannot be asked)
+    config.json               options of the command, files and sets; a directory with another config is refused
+    plan.json                 values set at the first start that must not change on resume (batch size, threads, prompts
+                              skipped because they contain a control token)
     env.json                  versions, device, threads, git
     costs.json                what an exit costs, measured once at the first start
     samples.jsonl             one Sample a line
@@ -31,8 +31,8 @@ from .exit import encode_exit
 from .records import Record
 
 R = TypeVar("R", bound=Record)
-WHERE = ("image_folders",)
-"""Of config.json: where things lie, not what they are. Another place is not another config: the last is kept."""
+MAY_CHANGE = ("image_folders",)
+"""Keys of config.json that may differ on resume; the newest value wins."""
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -51,17 +51,17 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any]:
-    """An object that has `keys`; raises UserError, naming the file, where it is missing, broken or another thing."""
+    """A JSON object with `keys`; raises UserError, naming the file, if it is missing, invalid, or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected a run directory made by `exitwise audit`") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); restore it or start a new run directory") from None
-    if not isinstance(value, dict) or set(keys) - value.keys():
-        raise UserError(
-            f"{path} lacks what a run has there ({', '.join(keys)}); restore it or start a new run directory"
-        )
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object; restore it or start a new run directory")
+    if absent := [key for key in keys if key not in value]:
+        raise UserError(f"{path} lacks the keys {', '.join(absent)}; restore it or start a new run directory")
     return value
 
 
@@ -129,7 +129,7 @@ def open_run(folder: Path, config: dict[str, Any]) -> Iterator[Path]:
         if path.exists() and begun:
             existing = read_json(path)
             changed = sorted(k for k in existing.keys() | config.keys() if existing.get(k) != config.get(k))
-            if set(changed) - set(WHERE):
+            if set(changed) - set(MAY_CHANGE):
                 raise UserError(
                     f"{folder} was made with another config ({', '.join(changed)} differ); "
                     "give --out another directory, or repeat the first command to resume it"

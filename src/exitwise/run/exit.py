@@ -1,4 +1,4 @@
-"""An exit of the image encoder as a value: the layer, or the set of layers, whose states the language model reads.
+"""Defines `Exit`: the layer, or set of layers, of the image encoder whose states the language model reads.
 
 `Exit(layers=(18,))` is the state after block 18 (0: the embeddings); `Exit(layers=(3, 18, 23))` fuses three states. An
 exit of one layer equals, hashes and sorts like its number, so `features[18]` and `exit <= n_blocks` work;

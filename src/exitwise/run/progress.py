@@ -1,4 +1,4 @@
-"""What a long task prints while it works: a protocol, and a silent implementation."""
+"""Defines the progress interface of long tasks, and an implementation that prints nothing."""
 
 from typing import Protocol
 

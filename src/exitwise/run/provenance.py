@@ -1,4 +1,4 @@
-"""Where a run came from: versions, machine, commit, and a fingerprint of the model."""
+"""Records the versions, machine and commit of a run, and computes a fingerprint of its model."""
 
 import hashlib
 import platform

@@ -61,7 +61,7 @@ class Sample(Record):
 
 @dataclass(frozen=True)
 class Completion(ExitRecord):
-    """What the model said about a sample at an exit."""
+    """The model's answer to a sample at an exit."""
 
     text: str
     tokens: tuple[int, ...]

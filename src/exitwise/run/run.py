@@ -47,7 +47,7 @@ class Plan:
     threads: int
     model_sha256: str
     skipped: dict[str, str]
-    """Samples that this model cannot be asked, each with the reason."""
+    """Samples skipped because their prompt contains a control token, each with the reason."""
 
 
 class Run:

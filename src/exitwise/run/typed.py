@@ -33,7 +33,7 @@ def from_json(value: object, kind: type[T], path: Path, advice: str) -> T:
     try:
         return msgspec.convert(value, kind, dec_hook=_decode)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path} is not what a run has there ({error}); {advice}") from None
+        raise UserError(f"{path} does not have the format of a run ({error}); {advice}") from None
 
 
 def to_json(value: object) -> dict[str, Json]:

@@ -38,7 +38,7 @@ class PerspectiveScorer:
     Args:
         base_url: another server with this API; its scores are not Google's, so it is part of the version.
         queries_per_second: rate limit; a new key has 1.
-        tries: largest number of requests for one answer.
+        tries: maximum number of requests for one answer.
         rng: for the jitter of the waits.
         clock, sleep: the current time in seconds, and a function that waits so many seconds.
 

@@ -13,8 +13,8 @@ Source: Agrawal et al. 2015 (VQA), Goyal et al. 2017 (VQA-v2), and the evaluatio
 - contractions are looked up in lower case, so the entries that hold a capital I never apply ("im" stays "im"), and
   "somebody'd" loses its apostrophe instead of keeping it.
 
-"always" is the variant of lmms-eval (checked against its state of August 2026): normalised whatever the people said, a
-run of commas between digits counts as one, and a digit may be of any script.
+"always" is the variant of lmms-eval (checked against its state of August 2026): normalised whatever the people answered,
+a run of commas between digits counts as one, and a digit may be of any script.
 
 Departs from the published code in the last bit: the mean of ten is rounded once, so it does not depend on the order of
 the answers. At the two decimals of a per cent that the published code reports there is no difference.
@@ -100,21 +100,21 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], normalise: Normalise =
     """Mean over the people of min(1, how many of the others gave this answer / 3): 0, 0.3, 0.6, 0.9 or 1 of ten.
 
     Args:
-        prediction: what the model said, whole; a sentence around the right word does not count.
-        answers: what each person said, one entry a person (ten in VQA-v2), in any order.
+        prediction: the model's whole answer; a sentence around the right word does not count.
+        answers: each person's answer, one entry a person (ten in VQA-v2), in any order.
         normalise: "official" as published, "always" as lmms-eval has it.
 
     Raises:
         ValueError: there are no answers, or there is no such way to normalise.
     """
     if not answers:
-        raise ValueError("no answers; expected what each person said (ten in VQA-v2)")
+        raise ValueError("no answers; expected each person's answer (ten in VQA-v2)")
     if normalise not in get_args(Normalise):
         raise ValueError(f"normalise is {normalise!r}; expected one of: {', '.join(get_args(Normalise))}")
-    said, given = [_one_line(answer) for answer in answers], _one_line(prediction)
-    if normalise == "always" or len(set(said)) > 1:
-        said, given = [_normal(answer, normalise) for answer in said], _normal(given, normalise)
-    same = [answer == given for answer in said]
+    answered, given = [_one_line(answer) for answer in answers], _one_line(prediction)
+    if normalise == "always" or len(set(answered)) > 1:
+        answered, given = [_normal(answer, normalise) for answer in answered], _normal(given, normalise)
+    same = [answer == given for answer in answered]
     return fsum(min(1.0, (sum(same) - own) / 3) for own in same) / len(same)
 
 

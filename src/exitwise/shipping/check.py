@@ -53,8 +53,8 @@ def compare(wanted: CheckAnswers, got: CheckAnswers) -> CheckResult:
     if not apart <= TOLERANCE * scale or wanted.tokens != got.tokens:
         same = "the same" if wanted.tokens == got.tokens else "other"
         raise UserError(
-            f"the slim model is not the full one at this exit: logits differ by {apart:.2g} (largest {scale:.3g}), "
-            f"{same} greedy tokens; nothing is kept, please report it"
+            f"the slim model differs from the full model at this exit: logits differ by {apart:.2g} "
+            f"(largest {scale:.3g}), {same} greedy tokens; nothing is kept, please report it"
         )
     return CheckResult(len(QUESTIONS), sum(len(row) for row in wanted.tokens), scale, apart)
 

@@ -150,7 +150,7 @@ def read_mmproj(path: Path) -> Mmproj:
         )
     n_blocks, layers = fields.get("clip.vision.block_count"), fields.get("clip.vision.feature_layer")
     if not isinstance(n_blocks, int):
-        raise UserError(f"{path} does not say clip.vision.block_count; llama.cpp would refuse it; convert again")
+        raise UserError(f"{path} lacks clip.vision.block_count; llama.cpp would refuse it; convert again")
     if layers is not None and not _are_layers(layers):
         raise UserError(f"{path} says clip.vision.feature_layer = {layers!r}; expected a list of layers; convert again")
     projector = fields.get("clip.vision.projector_type") or fields.get("clip.projector_type") or "mlp"

@@ -26,12 +26,12 @@ class SlimConfig:
     audit: Path | None = None
     """Run directory of an audit of this model with this adapter; its figures go into the model card."""
     check: bool = False
-    """Load the result with transformers and compare logits and greedy tokens with the full model at the exit; nothing
-    is kept where they differ."""
+    """Load the result with transformers and compare logits and greedy tokens with the full model at the exit; the
+    folder is deleted if they differ."""
     dtype: str = "auto"
     """Data type of the saved weights: float32, bfloat16, float16; auto is that of the source."""
     device: str = "auto"
-    """Device to load the model on: cpu, cuda, cuda:1 ...; auto is the first GPU where there is one."""
+    """Device to run the model on: cpu, cuda, cuda:1 ..., or auto (the first GPU, else the CPU)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
 

@@ -161,7 +161,7 @@ def check_exit(vlm: Vlm, exit: int) -> "PreTrainedConfig":
         )
     if vlm.takes_layers and exit > vlm.default_exit:
         raise UserError(
-            f"exit {exit} of {vlm.name} is its default exit again: its connector takes no layer after "
+            f"exit {exit} of {vlm.name} equals its default exit: its connector takes no layer after "
             f"{vlm.default_exit}; give --exit {vlm.default_exit} or less"
         )
     return config

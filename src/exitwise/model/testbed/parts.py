@@ -225,7 +225,7 @@ def base_folder(say: Callable[[str], None] = lambda text: None) -> Path:
     """The assembled LLaVA (parts + shipped projector, no adapter) as a plain Hugging Face folder, built once.
 
     Args:
-        say: told what happens, one line at a time, while the folder is built.
+        say: called with each message while the folder is built.
 
     Raises:
         UserError: a part could not be downloaded, or is not the pinned one.
