@@ -13,7 +13,7 @@ Source: Agrawal et al. 2015 (VQA), Goyal et al. 2017 (VQA-v2), and the evaluatio
 - contractions are looked up in lower case, so the entries that hold a capital I never apply ("im" stays "im"), and
   "somebody'd" loses its apostrophe instead of keeping it.
 
-"always" is the variant of lmms-eval (checked against its state of August 2026): it normalises whatever the people answer,
+"always" is the variant of lmms-eval (checked against its state of August 2026): answers are always normalised,
 a run of commas between digits counts as one, and a digit may be of any script.
 
 Departs from the published code in the last bit: the mean of ten is rounded once, so it does not depend on the order of
