@@ -4,6 +4,7 @@ import ast
 import json
 import re
 
+import matplotlib
 import pytest
 
 from exitwise import Run
@@ -18,7 +19,7 @@ NOTEBOOK = ROOT / "docs/tour.ipynb"
 @pytest.mark.testbed
 def test_the_tour_runs(tmp_path, monkeypatch):
     """On the built-in VLM, as a reader would run it; a cell's last expression is shown as a notebook shows it."""
-    pytest.importorskip("matplotlib").use("agg")
+    matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     shown = []

@@ -89,3 +89,8 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, so that a notebook completes them before they are loaded."""
+    return [*__all__, "__version__"]

@@ -69,3 +69,13 @@ def test_records_hold_exits_and_write_single_layers_as_numbers():
     several = Completion.from_dict(json.loads(one.to_json()) | {"exit": code_of([3, 18])})
     assert '"exit": "3+18",' in several.to_json()
     assert Completion.from_dict(json.loads(several.to_json())) == several
+
+
+def test_the_numbers_of_0_1_0_as_text_and_what_only_looks_like_them():
+    assert Exit.of("1003018") == Exit([3, 18])
+    for wrong in (2003018, "2003018"):
+        with pytest.raises(ValueError, match="no exit"):
+            Exit.of(wrong)
+    for wrong in ("3+18", 18):
+        with pytest.raises(ValueError, match=r"Exit\.of"):
+            Exit(wrong)

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib
 import pytest
 
 from exitwise import Run, UserError
@@ -71,7 +72,7 @@ def test_the_summary_is_escaped(folder, tmp_path):
 
 
 def test_the_plot_shows_each_share(folder):
-    pytest.importorskip("matplotlib").use("agg")
+    matplotlib.use("agg")
     run = Run.open(folder)
     axes = run.plot()
     lines = {line.get_label(): line for line in axes.get_lines()}

@@ -129,7 +129,8 @@ def train(bench: Bench, state: State, history: list[StepRecord], out: Path, prog
         history.append(StepRecord(metrics, tuple(signature.name for signature in found)))
         if accelerator.is_main_process:
             checkpoints.log(out, history[-1], answers if (state.step - 1) % config.samples_every == 0 else [])
-            named = {key.replace("@", "/"): value for key, value in metrics.items()}  # mlflow allows no @
+            # mlflow allows neither @ nor +
+            named = {key.replace("@", "/").replace("+", "_"): value for key, value in metrics.items()}
             accelerator.log(named, step=state.step)
         if state.step % config.checkpoint_every == 0 or state.step == config.steps:
             checkpoints.save(bench, out, state)

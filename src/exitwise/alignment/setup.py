@@ -18,6 +18,7 @@ from ..model.vlm import Vlm
 from ..rewards.protocol import RewardModel
 from ..run import directory
 from ..run.clock import Clock
+from ..run.exit import Exit
 from ..run.progress import Progress
 from ..run.provenance import environment, fingerprint
 from ..run.records import Sample
@@ -148,7 +149,7 @@ def first_state(config: AlignConfig, exits: batches.Exits) -> State:
     weights = dict.fromkeys(trained, 1 / len(trained))
     if config.audit is not None:
         metrics = directory.read_json(config.audit / "metrics.json", "exits")
-        asr = {row["exit"]: row["asr"]["value"] for row in metrics["exits"] if row["asr"]["value"] is not None}
+        asr = {Exit.of(row["exit"]): row["asr"]["value"] for row in metrics["exits"] if row["asr"]["value"] is not None}
         missing = [exit for exit in trained if exit not in asr]
         if missing:
             raise UserError(f"the audit {config.audit} has no ASR at exit {missing[0]}; audit the exits of --exits")

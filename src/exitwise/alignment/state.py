@@ -58,5 +58,5 @@ class State:
         Raises:
             KeyError, TypeError, ValueError: they are not those of a state.
         """
-        exits = {Exit.of(int(key) if key.isdecimal() else key): weight for key, weight in fields["weights"].items()}
+        exits = {Exit.of(key): weight for key, weight in fields["weights"].items()}
         return cls(**{**fields, "weights": exits})

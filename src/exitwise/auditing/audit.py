@@ -67,6 +67,8 @@ def audit(
     from .report import write_report
 
     asked = _options(model, options)
+    if judging is not None and asked.judging != Judging():
+        raise UserError("got judging and options of judges as keywords; give one of the two")
     config = asked.config
     config.check()
     folder = Path(out) if out is not None else Path("runs", Path(config.model).resolve().name)

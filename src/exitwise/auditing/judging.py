@@ -4,6 +4,7 @@ from collections.abc import Callable
 from os import PathLike
 
 from ..data.options import make_config
+from ..errors import UserError
 from ..judges import judge_run, parse_judges
 from ..judges.config import Judging
 from ..run import directory
@@ -33,6 +34,8 @@ def judge(
     """
     from .report import write_report
 
+    if judging is not None and options:
+        raise UserError("got judging and options of judges as keywords; give one of the two")
     run = Run.open(run)
     with directory.edit_run(run.path):
         judge_and_measure(run, judge, judging or make_config(Judging, options), progress)

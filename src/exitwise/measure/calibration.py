@@ -92,7 +92,7 @@ def calibrate(
     judge: str,
     labels: str | PathLike[str],
     *,
-    humans: Sequence[str] = (),
+    humans: str | Sequence[str] = (),
     apply: Run | str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
     judging: Judging | None = None,
@@ -113,12 +113,14 @@ def calibrate(
         UserError: no such file, column or judge, a label that is neither yes nor no, both `apply` and `out`, or a run
             without verdicts of the judge.
     """
+    if judging is not None and options:
+        raise UserError("got judging and options of judges as keywords; give one of the two")
     if apply is not None and out is not None:
         raise UserError("got --apply and --out; --apply writes into the run, so leave --out away")
     if apply is not None and judge.startswith("column:"):
         raise UserError(f"{judge} is a column of the labels file and judged no run; give --apply a judge by its name")
     path, from_options = Path(labels), make_config(Judging, options)
-    rows, names = human_labels.read_labels(path, humans)
+    rows, names = human_labels.read_labels(path, (humans,) if isinstance(humans, str) else humans)
     verdicts = (
         human_labels.column_labels(rows, judge.removeprefix("column:"), path)
         if judge.startswith("column:")

@@ -15,7 +15,7 @@ from functools import partial
 from importlib.resources import files
 from math import floor, log10
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ..measure import calibration, pareto
@@ -87,7 +87,7 @@ def render(run: Run, command: str) -> str:
             config=_flat({key: value for key, value in run.options.items() if key != "notice"}),
             env=_flat(run.read_object("env.json") or {}),
             phases=timing.get("phases", {}),
-            speed=timing.get("tokens_per_second", {}),
+            speed={str(Exit.of(key)): rate for key, rate in timing.get("tokens_per_second", {}).items()},
             command=command,
             judges=judges,
             calibration=calibrated,
@@ -104,7 +104,12 @@ def render(run: Run, command: str) -> str:
 def environment() -> Environment:
     """Templates that escape what they print and make invisible characters visible, with the filters below."""
     env = Environment(
-        autoescape=True, undefined=StrictUndefined, finalize=_finalize, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: files(__package__).joinpath(name).read_text("utf-8")),
     )
     env.filters.update(
         percent=percent,

@@ -187,6 +187,8 @@ def _axes(plot: Plot, exits: Sequence[int]) -> Iterator[str]:
 
 
 def _default_line(plot: Plot, exit: Exit) -> Iterator[str]:
+    if exit.is_set:  # has no place on the axis of blocks
+        return
     x = plot.x(int(exit))
     anchor = "end" if x > plot.width / 2 else "start"
     yield f'<path class="default-line" d="M{x:.1f} {plot.top - 6}V{plot.bottom}"/>'

@@ -45,7 +45,7 @@ def to_json(measures: Mapping[str, PairMeasures]) -> dict[str, dict[str, object]
 
 def evaluate_reward(
     reward: str,
-    pairs: Sequence[str],
+    pairs: str | Sequence[str],
     template: str | None = None,
     limit: int | None = None,
     out: Path | None = None,
@@ -67,7 +67,8 @@ def evaluate_reward(
         raise UserError("--pairs got nothing; expected files of preference pairs, or hub ids")
     if out and out.is_dir():
         raise UserError(f"--out got {out}, which is a folder; expected a JSON file for the figures")
-    loaded = load_pairs(pairs, limit, progress or Silent())
+    sources = (pairs,) if isinstance(pairs, str) else pairs
+    loaded = load_pairs(sources, limit, progress or Silent())
     measures = evaluate(load_reward(reward, template=template), loaded)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+from ..errors import UserError
 from . import directory
 from .exit import Exit
 from .records import Completion
+
+V = TypeVar("V", int, float)
 
 
 class Clock:
@@ -17,8 +21,8 @@ class Clock:
         self.path = path  # None: measured and kept nowhere, as every process but the first does
         known = directory.read_json(path, "phases", "tokens", "seconds") if path and path.exists() else {}
         self.phases: dict[str, float] = known["phases"] if known else {}
-        self.tokens: dict[str, int] = known["tokens"] if known else {}
-        self.seconds: dict[str, float] = known["seconds"] if known else {}
+        self.tokens: dict[str, int] = _by_exit(known["tokens"]) if known else {}
+        self.seconds: dict[str, float] = _by_exit(known["seconds"]) if known else {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -42,3 +46,11 @@ class Clock:
         record = {"phases": self.phases, "tokens": self.tokens, "seconds": self.seconds, "tokens_per_second": rate}
         if self.path:
             directory.write_json(self.path, record)
+
+
+def _by_exit(values: dict[str, V]) -> dict[str, V]:
+    """The keys as exits are written now; exitwise 0.1.0 wrote a set of layers as one number."""
+    try:
+        return {str(Exit.of(key)): value for key, value in values.items()}
+    except ValueError as error:
+        raise UserError(f"timing.json is broken ({error}); delete it") from None

@@ -29,6 +29,8 @@ class Exit:
     layers: tuple[int, ...]
 
     def __init__(self, layers: Iterable[int]):
+        if isinstance(layers, str) or not isinstance(layers, Iterable):
+            raise ValueError(f"Exit got {layers!r}; expected its layers, such as [3, 18], or use Exit.of({layers!r})")
         found = tuple(sorted({int(layer) for layer in layers}))
         if not found or found[0] < 0:
             raise ValueError(f"an exit got layers {found}; expected one or more, each 0 or above")
@@ -46,6 +48,8 @@ class Exit:
         """
         if isinstance(value, Exit):
             return value
+        if isinstance(value, str) and value.isdecimal() and value.isascii():
+            value = int(value)
         if isinstance(value, str):
             if not re.fullmatch(r"\d{1,6}(\+\d{1,6})*", value, re.ASCII):
                 raise ValueError(f"{value!r} is no exit; expected a number, or numbers joined by +")
@@ -56,6 +60,8 @@ class Exit:
         while number >= STEP:
             number, layer = divmod(number, STEP)
             layers.append(layer)
+        if layers and number != 1:
+            raise ValueError(f"{value!r} is no exit; expected a number, or numbers joined by +")
         return cls(layers or [number])
 
     @property

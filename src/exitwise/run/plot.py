@@ -33,7 +33,8 @@ def plot_exits(metrics: Metrics, axes: "Axes | None" = None) -> "Axes":
         if name == "asr":
             low, high = ([_percent(getattr(share, end)) for share in shares] for end in ("low", "high"))
             axes.fill_between(exits, low, high, color=colour, alpha=0.15, lw=0)
-    axes.axvline(int(metrics.default_exit), color="0.4", ls=":", label="default exit")
+    if not metrics.default_exit.is_set:
+        axes.axvline(int(metrics.default_exit), color="0.4", ls=":", label="default exit")
     stops = [row for row in rows if row.exit in metrics.answer.stop_at]
     if stops:
         axes.plot([int(row.exit) for row in stops], [-3] * len(stops), "^", color="#2e7d32", label="may stop")
