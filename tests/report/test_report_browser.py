@@ -32,7 +32,7 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
+    options.binary_location = str(BROWSER)
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})

@@ -64,6 +64,7 @@ def render(run: Run, command: str) -> str:
     transcripts = page_data(run, judges.splits if judges else {})
     marks = {row.exit: "may stop" if row.exit in metrics.answer.stop_at else row.standing for row in metrics.exits}
     timing = run.read_object("timing.json") or {}
+    speed = timing.get("tokens_per_second")
     here = files(__package__)
     css, js, template = (here.joinpath(f"report.{end}").read_text(encoding="utf-8") for end in ("css", "js", "html.j2"))
     policy = (
@@ -87,7 +88,7 @@ def render(run: Run, command: str) -> str:
             config=_flat({key: value for key, value in run.options.items() if key != "notice"}),
             env=_flat(run.read_object("env.json") or {}),
             phases=timing.get("phases", {}),
-            speed={str(Exit.of(key)): rate for key, rate in timing.get("tokens_per_second", {}).items()},
+            speed={str(Exit.of(key)): rate for key, rate in speed.items()} if isinstance(speed, dict) else {},
             command=command,
             judges=judges,
             calibration=calibrated,
