@@ -231,7 +231,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(whole, tiny_folder, m
     config, disk = config_of(tiny_folder, material, **EVERYTHING), tmp_path / "disk"
     disk.mkdir()
     with small_disk(disk) as (fill, make_room):
-        with pytest.raises(UserError, match=r"cannot write .*; make room, then give the same command again"):
+        with pytest.raises(UserError, match=r"cannot write .*; free space, then run the same command again"):
             align(config, out=disk / "run", progress=Doing(3, fill))
         assert [path.name for path in (disk / "run/checkpoints").glob("step-??????")] == ["step-000002"]
         make_room()
@@ -251,7 +251,7 @@ def test_a_full_disk_is_one_line_on_the_command_line(tiny_folder, material, tmp_
         else:
             assert isinstance(stopped.value, SystemExit)
             assert stopped.value.code == 2
-            assert "make room" in one_line(capsys)
+            assert "free space" in one_line(capsys)
 
 
 def test_a_broken_checkpoint_is_named(whole, tiny_folder, material, tmp_path, vowels):

@@ -129,7 +129,7 @@ def test_a_full_disk_is_one_line(tiny_folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         entry(["audit", str(tiny_folder), "--limit", "1", "--vqa", "0", "--out", str(tmp_path / "x")])
     assert stop.value.code == 2
-    assert "make room" in capsys.readouterr().err
+    assert "free space" in capsys.readouterr().err
 
 
 def test_own_prompts_and_images(tiny_folder, tmp_path):

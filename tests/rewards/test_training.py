@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path, tiny_fol
     train_reward(config, tmp_path / "whole")
     resource.setrlimit(resource.RLIMIT_FSIZE, (8 * 1024, hard))
     try:
-        with pytest.raises(UserError, match=r"cannot write .*checkpoint\.safetensors .*; make room"):
+        with pytest.raises(UserError, match=r"cannot write .*checkpoint\.safetensors .*; free space"):
             train_reward(config, tmp_path / "parts")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

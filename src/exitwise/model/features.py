@@ -146,7 +146,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        raise UserError(f"cannot write {path} ({error}); make room, then give the same command again") from error
+        raise UserError(f"cannot write {path} ({error}); free space, then run the same command again") from error
 
 
 def _exits_in(path: Path) -> set[int]:

@@ -36,7 +36,7 @@ def load_reward(
             reward model of another one, that other model is loaded.
         peft_model: over `vlm.model`, where the policy's adapter is there already.
         template: text format of a published one whose id is not known.
-        device: of a model that shares no backbone; auto is the first GPU where there is one.
+        device: of a model that shares no backbone; auto is the first GPU, else the CPU.
 
     Raises:
         UserError: it cannot be found or loaded, or does not fit `vlm`.

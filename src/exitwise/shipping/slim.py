@@ -278,7 +278,7 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = str(error)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason
-        hint = "make room or give --out another place" if full else "give --out a place that can be written"
+        hint = "free space or give --out another place" if full else "give --out a place that can be written"
         raise UserError(f"cannot write {out} ({reason[:200]}); nothing is kept, {hint}") from error
     finally:
         if scratch is not None and scratch.exists():
