@@ -132,7 +132,7 @@ def test_ctrl_c_says_so_and_the_same_command_goes_on(tiny_folder, material, tmp_
     reward = Watched(raiser(2, KeyboardInterrupt))
     monkeypatch.setattr("exitwise.alignment.setup.load_scores", lambda *_: reward)
     assert code_of(words) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again to resume" in capsys.readouterr().err
     assert code_of(words) == 0
     assert [row["step"] for row in rows_of(tmp_path / "run")] == [1, 2]
     assert f"adapter: {tmp_path / 'run' / 'adapter'}" in capsys.readouterr().out
