@@ -23,6 +23,14 @@ from tests.environment import image_processor
 
 ROOT = Path(__file__).parents[1]
 PATCH, SIDE = 7, 28  # 16 image tokens
+LONGEST = ("test_tour", "test_docs", "test_align_processes", "test_families", "test_resume", "test_learning")
+"""Files that take longest, most first: begun first, they leave no process alone at the end (`make test` runs two)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the order of all others stays."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 def tiny_processor() -> LlavaProcessor:

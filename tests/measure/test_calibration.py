@@ -228,7 +228,7 @@ def test_apply_writes_into_the_run_and_the_report_shows_it(tmp_path):
         # a judge without an error in 40: corrected is judged, its interval wider
         assert row["corrected"]["value"] == pytest.approx(row["judged"]["value"], abs=1e-9)
     page = (run / "report.html").read_text()
-    assert "The judge, held to people" in page
+    assert "The judge, calibrated against human labels" in page
     assert "labels.csv" in page
     entry(["calibrate", "column:guard", "--labels", str(path), "--out", str(tmp_path / "c.json")])
     assert json.loads((tmp_path / "c.json").read_text())["sensitivity"]["successes"] == 0
