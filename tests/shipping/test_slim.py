@@ -122,7 +122,7 @@ def test_keywords_paths_and_a_loaded_model(full, tmp_path):
     assert {note["adapter"] for note in notes} == {str(path)}
     assert len({note["source_sha256"] for note in notes}) == 1
     for options, message in (
-        ({}, "exit got None"),
+        ({}, "exit is missing"),
         ({"exit": Exit([1, 2])}, r"exit got 1\+2"),
         ({"exit": 2, "adaptor": path}, "did you mean 'adapter'"),
     ):
