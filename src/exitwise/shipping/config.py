@@ -43,7 +43,9 @@ class SlimConfig:
             UserError: an unknown option, a value of another type, no exit, or a set of layers.
         """
         exit = options.get("exit")
-        number = int(exit) if isinstance(exit, Exit) and not exit.is_set else exit
+        if isinstance(exit, Exit) and exit.is_set:
+            raise UserError(f"exit got {exit}; expected the number of encoder blocks that are kept")
+        number = int(exit) if isinstance(exit, Exit) else exit
         config = make_config(cls, {"model": model, **options, "exit": -1 if number is None else number})
         if exit is None:
             raise UserError("exit is missing; expected the number of encoder blocks that are kept, such as exit=8")
